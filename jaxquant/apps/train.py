@@ -23,6 +23,7 @@ import sys
 import time
 from typing import cast
 
+import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
 import tensorboardX
@@ -31,7 +32,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxquant import data, training
-from jaxquant.models import Transformer, TransformerShape
+from jaxquant.models.architectures import build
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")
@@ -201,7 +202,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> training.TrainState:
   workdir.mkdir(parents=True, exist_ok=True)
   corpus = data.load()
   recipe = config.recipe and config.recipe()
-  model = Transformer(TransformerShape(**config.model))
+  model = build(config.get("architecture", "transformer"), config.model)
   apply = apply_function(model, recipe)
   tx = training.optimizer(config.steps, **config.optimizer)
   size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
@@ -232,7 +233,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> training.TrainState:
   return state
 
 
-def apply_function(model: Transformer, recipe) -> training.Apply:
+def apply_function(model: nn.Module, recipe) -> training.Apply:
   """The float model, or the same model under a recipe."""
   if recipe is None:
     return cast(training.Apply, model.apply)  # Flax says that it may also return a tuple
