@@ -219,3 +219,25 @@ def percentile(share: float, start: ScaleRule = absmax) -> ScaleRule:
     return start(jnp.clip(blocks, -bound, bound), fmt)
 
   return rule
+
+
+@parametrised
+def smoothed(sharpness: float, start: ScaleRule = absmax) -> ScaleRule:
+  """Range up to a soft maximum of each block, sum_i p_i |x_i|, p = softmax(sharpness |x| / amax).
+
+  It lies between the mean magnitude (sharpness 0) and amax (infinite), scales with x, and has a
+  gradient with respect to every element, not the largest alone (arXiv:2509.17791 smooths absmax;
+  this form and its parameter are ours). What lies above saturates.
+
+  Args:
+    sharpness: inverse temperature, of magnitudes relative to amax.
+    start: the rule that sees the clipped blocks.
+  """
+
+  def rule(blocks: jax.Array, fmt: Format) -> Scales:
+    magnitude = jnp.abs(blocks)
+    p = jax.nn.softmax(sharpness * magnitude * per_block(reciprocal(amax(blocks))), (-3, -1))
+    bound = per_block((p * magnitude).sum((-3, -1)))
+    return start(jnp.clip(blocks, -bound, bound), fmt)
+
+  return rule

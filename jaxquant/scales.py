@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.formats import (
+  BF16,
   E2M1,
   E4M3,
   E8M0,
@@ -27,7 +28,7 @@ from jaxquant.formats import (
   reciprocal_grid,
 )
 from jaxquant.named_functions import parametrised
-from jaxquant.rounding import exponent, floor, nearest_even, power_of_two, round_to
+from jaxquant.rounding import Rounding, exponent, floor, nearest_even, power_of_two, round_to
 from jaxquant.tensor import (
   F32_MAX,
   F32_TINY,
@@ -98,6 +99,12 @@ def _sum(x: jax.Array, axis: int) -> jax.Array:
 def absmax(blocks: jax.Array, fmt: Format) -> Scales:
   """Scale = amax / max of the grid: nothing clips."""
   return Scales(over(amax(blocks), fmt.elem.max))
+
+
+def unscaled(blocks: jax.Array, fmt: Format) -> Scales:
+  """Scale = 1: elements with the range of float32 are rounded as they are (BF16 storage)."""
+  del fmt
+  return Scales(jnp.ones_like(amax(blocks)))
 
 
 def absmax_first(blocks: jax.Array, fmt: Format) -> Scales:
@@ -274,10 +281,38 @@ def _nvfp4_scales(wanted: jax.Array, encode: jax.Array, tensor: jax.Array, fmt: 
   return Scales(QTensor(block, tensor, fmt=fmt.scale), multiplier=jnp.minimum(inverse, F32_MAX))
 
 
-def four_over_six(blocks: jax.Array, fmt: Format) -> Scales:
-  """NVFP4 with block maxima mapped to 6 or to 4, whichever has the lower block MSE (tie: 6).
+@parametrised
+def tensor_scaled(bound: float, rounding: Rounding = nearest_even) -> ScaleRule:
+  """Two levels over any scale grid: s_t = A / (max bound), s_b = grid(amax / (max s_t)) <= bound.
+
+  A is the largest magnitude of the tensor, whose block gets the scale `bound` exactly. Bound is the
+  largest value of the grid where range is short (E4M3 448, UE5M3 114688), and 1 for E8M0, where
+  the tensor scale only aligns the powers of two with A (arXiv:2509.17791, section 3).
+
+  Args:
+    bound: the largest block scale, a value of the grid.
+    rounding: of the block scales; `ceil` never clips.
+  """
+
+  def rule(blocks: jax.Array, fmt: Format) -> Scales:
+    a = amax(blocks)
+    tensor = over(a.max((-2, -1), keepdims=True), bound * fmt.elem.max)
+    wanted = over(a, fmt.elem.max) * reciprocal(tensor)
+    block = round_to(jnp.minimum(wanted, bound), fmt.scale.elem, rounding)
+    return Scales(QTensor(block, tensor, fmt=fmt.scale))
+
+  return rule
+
+
+def four_over_six(blocks: jax.Array, fmt: Format, *, norm: int = 2) -> Scales:
+  """NVFP4 with block maxima mapped to 6 or to 4, whichever has the lower block error (tie: 6).
 
   Bound 256 instead of 448, because the second candidate is e4m3(1.5 s_b) (arXiv:2512.02010).
+
+  Args:
+    blocks: [..., A, r, B, c].
+    fmt: NVFP4.
+    norm: of the error: 2 (MSE), or 1 (MAE, what Transformer Engine does by default).
   """
   a = amax(blocks)
   largest = a.max((-2, -1), keepdims=True)
@@ -289,7 +324,7 @@ def four_over_six(blocks: jax.Array, fmt: Format) -> Scales:
   def error(s: Scales) -> jax.Array:
     q = round_to(blocks * per_block(s.multiplier), fmt.elem)
     decoded = rounded(q * per_block(s.scale.data) * per_block(tensor))
-    return jnp.square(decoded - blocks).sum((-3, -1))
+    return (jnp.abs(decoded - blocks) ** norm).sum((-3, -1))
 
   better = error(four) < error(six)
   block = jnp.where(better, four.scale.data, six.scale.data)
@@ -345,6 +380,8 @@ def default_rule(fmt: Format) -> ScaleRule:
     return minmax
   if fmt.offset:
     return centered if fmt.elem.min < 0 else from_min
+  if fmt.elem == BF16:
+    return unscaled
   if fmt.elem.bits == 1:
     return absmean
   if fmt.elem == E2M1 and fmt.scale == PER_TENSOR_E4M3:

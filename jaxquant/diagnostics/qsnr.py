@@ -35,7 +35,7 @@ POWER_OF_TWO, E4M3_SCALE = 1.5, 1.05  # r: the paper's; the rms of 2^ceil(e) / 2
 
 
 def crest_factor(x: jax.Array, block: int) -> jax.Array:
-  """Largest magnitude over rms of each block along the last axis: 1 (equal magnitudes) to sqrt(block).
+  """Largest magnitude over rms of each block along the last axis, from 1 to sqrt(block).
 
   Args:
     x: [..., K], block divides K.

@@ -1,7 +1,11 @@
 """Rows of the training systems."""
 
+import functools
+
+from jaxquant import formats
 from jaxquant.recipes.system import System
 from jaxquant.recipes.training import (
+  int_vs_fp,
   mxfp8,
   nvfp4,
   w8a8_int8,
@@ -28,5 +32,54 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2509.25149",
     "NVFP4: 2D weights, RHT on wgrad, SR on gradients",
     "KL 13.7e-3 as W4A4 on the shipped model, step 0.49 of float32 (make demo, docs/results)",
+  ),
+  "mxint8": System(
+    int_vs_fp,
+    "T8",
+    "arXiv:2510.25602",
+    "MXINT8 in all six operands, symmetric, scales rounded up; MXFP8 is row `mxfp8`",
+    "QSNR 41.6 dB on a normal (MXFP8 31.5), theory within .7 dB (tests/test_qsnr.py)",
+  ),
+  "mxint6": System(
+    functools.partial(int_vs_fp, formats.MXINT6),
+    "T8",
+    "arXiv:2510.25602",
+    "MXINT6, as above",
+    "QSNR 29.4 dB on a normal (tests/test_formats.py); crossover 1.96 (tests/test_qsnr.py)",
+  ),
+  "mxfp6": System(
+    functools.partial(int_vs_fp, formats.MXFP6_E2M3),
+    "T8",
+    "arXiv:2510.25602",
+    "MXFP6 (E2M3), as above",
+    "QSNR 31.0 dB on a normal (tests/test_formats.py)",
+  ),
+  "mxint4": System(
+    functools.partial(int_vs_fp, formats.MXINT4),
+    "T8",
+    "arXiv:2510.25602",
+    "MXINT4, as above",
+    "QSNR 16.9 dB on a normal (tests/test_formats.py); crossover 2.04 (tests/test_qsnr.py)",
+  ),
+  "mxfp4": System(
+    functools.partial(int_vs_fp, formats.MXFP4),
+    "T8",
+    "arXiv:2510.25602",
+    "MXFP4 (E2M1), round to nearest everywhere",
+    "QSNR 18.8 dB on a normal (tests/test_formats.py)",
+  ),
+  "nvint4": System(
+    functools.partial(int_vs_fp, formats.NVINT4),
+    "T8",
+    "arXiv:2510.25602",
+    "NVINT4: blocks of 16, E4M3 scales, one float32 per tensor",
+    "QSNR 21.3 dB on a normal (NVFP4 20.4); crossover 2.39 (tests/test_qsnr.py)",
+  ),
+  "nvint4_hadamard": System(
+    functools.partial(int_vs_fp, formats.NVINT4, rotation=32),
+    "T8",
+    "arXiv:2510.25602",
+    "NVINT4 after a block Hadamard along every contraction",
+    "outlier channels: QSNR below NVFP4 before a 16-rotation, above it after (tests/test_qsnr.py)",
   ),
 }
