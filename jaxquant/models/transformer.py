@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant import graph
 from jaxquant.cache.plain import KVCache, read, write
-from jaxquant.ops.attention import attend, rope_tables, rotate
+from jaxquant.ops.attention import attend, document_mask, rope_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +212,7 @@ class Transformer(nn.Module):
     positions: jax.Array | None = None,
     lengths: jax.Array | None = None,
     targets: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ):
     """Computes the logits of the next token, or the loss of given ones.
 
@@ -222,6 +223,8 @@ class Transformer(nn.Module):
       lengths: int32 [B], real tokens per row, the rest is padding (default: all T). They matter
         to the cache alone.
       targets: int32 [B, T], the tokens that follow. Not together with a cache.
+      documents: int32 [B, T], the document of each token of a pack (`document_mask`); default: a
+        row is one document. Not together with a cache.
 
     Returns:
       f32 logits [B, T, vocab]; with a cache, (logits, the cache grown by `lengths`); with targets,
@@ -234,7 +237,7 @@ class Transformer(nn.Module):
         f"  Cut them, or build it with dataclasses.replace(shape, max_len={tokens.shape[1]})."
       )
     embed = nn.Embed(s.vocab, s.d_model, dtype=s.dtype, param_dtype=s.param_dtype, name="embed")
-    context = _context(s, tokens, cache, positions)
+    context = _context(s, tokens, cache, positions, documents)
     start = (_held(embed(tokens), s), cache)
     (h, cache), _ = self._layers()(start, jnp.arange(s.n_layers), context)
     h = _norm(s, "final_norm")(h)
@@ -300,6 +303,7 @@ def _context(
   tokens: jax.Array,
   cache: KVCache | None,
   positions: jax.Array | None,
+  documents: jax.Array | None = None,
 ) -> Context:
   """Slots, mask and rotation of tokens [B, T] that continue the rows of the cache."""
   b, t = tokens.shape
@@ -308,6 +312,10 @@ def _context(
   keys = t if cache is None else cache.k.shape[2]
   # A row's slot is its order in time: what is padding or not yet written lies in later slots.
   mask = jnp.arange(keys, dtype=jnp.int32) <= slots[..., None]
+  if documents is not None:
+    if cache is not None:
+      raise ValueError("documents with a cache: a row of a cache is one document; unpack them.")
+    mask = document_mask(documents)
   positions = slots if positions is None else positions
   return Context(rope_tables(positions, shape.head_dim, shape.rope_theta), slots, mask)
 

@@ -265,32 +265,10 @@ def test_rope_is_a_rotation_by_the_position():
   np.testing.assert_allclose(y[0, :, 0], np.c_[turned.real, turned.imag], atol=1e-6)
 
 
-# The angle is position * frequency <= position in f32: half an ulp of it, 2^-24 * position, moves
-# a logit by about that much, times |q||k|/sqrt(D) ~ 10. bf16 rounds q and k once each, 2^-9.
-# Tables from bf16 positions miss by 2 to 4 at 1000 and beyond.
-@pytest.mark.parametrize(
-  ("dtype", "shift", "band"),
-  [
-    (jnp.float32, 1, 5e-6),
-    (jnp.float32, 1000, 1e-4),
-    (jnp.float32, 30_000, 6e-3),
-    (jnp.bfloat16, 1000, 4e-2),
-  ],
-)
-def test_attention_depends_on_relative_positions(dtype, shift, band):
-  q, k = jax.random.normal(jax.random.key(3), (2, 2, 16, 4, 32), dtype)
-  logits = []
-  for start in (0, shift):
-    tables = rope_tables(start + jnp.arange(16)[None], 32, theta=10_000.0)
-    turned = [rotate(x, tables).astype(jnp.float32) for x in (q, k)]
-    logits.append(jnp.einsum("bthd,bshd->bhts", *turned) * 32**-0.5)
-  assert jnp.max(jnp.abs(logits[1] - logits[0])) < band
-
-
 def test_model_logits_are_shift_invariant(params, tokens):
   apply = jax.jit(lambda p: make().apply({"params": params}, tokens, positions=p))
   positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-  np.testing.assert_allclose(apply(positions + 1000), apply(positions), atol=1e-4)
+  np.testing.assert_allclose(apply(positions + 100_000), apply(positions), atol=2e-5)
   assert jnp.max(jnp.abs(apply(2 * positions) - apply(positions))) > 1e-2
 
 
