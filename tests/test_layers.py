@@ -20,6 +20,7 @@ LAYERS = {
   "transforms": 4,
   "statistics": 5, "spread": 5, "solvers": 5, "allocate": 5, "sensitivity": 5,
   "contraction": 6, "recipe": 6, "intercept": 6, "sites": 6, "ptq": 6,
+  "tapping": 6,
   "calibration": 6, "calibration_checks": 6, "solving": 6, "model_blocks": 6, "sequential": 6,
   "statistics_cache": 6,
   "reconstruct": 6, "blocks": 6,

@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec
 
 from jaxquant import graph
 from jaxquant.cache.plain import KVCache, read, write
+from jaxquant.models.softmax_taps import softmax_measures
 from jaxquant.ops.attention import attend, document_mask, rope_tables, rotate
+from jaxquant.tapping import tap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Attention(nn.Module):
     if cache is not None:
       cache = write(cache, layer, context.slots, k, v)
       k, v = read(cache, layer)
+    how = {"scale": s.head_dim**-0.5, "chunk": s.attn_chunk}
+    tap(self, "softmax", lambda: softmax_measures(q, k, context.mask, **how))
     o = _attend(q, k, v, context.mask, s)
     return _dense(s, s.d_model, "o", axis=(-2, -1), gain=0.5 / s.n_layers)(o), cache
 
@@ -258,7 +262,7 @@ class Transformer(nn.Module):
     if s.scan:
       scanned = nn.scan(
         block,
-        variable_axes={"params": 0, "calib": 0, "quant": 0, "intermediates": 0},
+        variable_axes={"params": 0, "calib": 0, "quant": 0, "taps": 0, "intermediates": 0},
         split_rngs={"params": True, "sr": True},
         in_axes=(0, nn.broadcast),
         length=s.n_layers,
