@@ -53,7 +53,8 @@ class Seen:
     return idle and not is_node(self.kernel)
 
 
-Visit = Callable[[nn.Module, Seen], None]
+# What it returns, if anything, gets the site's output and gives what takes its place.
+Visit = Callable[[nn.Module, Seen], Callable[[jax.Array], jax.Array] | None]
 
 
 def quantized(model: nn.Module, recipe: Recipe) -> Callable:
@@ -95,7 +96,7 @@ def intercepted(recipe: Recipe, visit: Visit | None = None) -> Iterator[None]:
 
   Args:
     recipe: what to do.
-    visit: called at each site while it is traced (tables, statistics).
+    visit: called at each site while it is traced (tables, statistics, taps).
   """
   depth = _in_force.value[0] + 1
 
@@ -113,14 +114,9 @@ def intercepted(recipe: Recipe, visit: Visit | None = None) -> Iterator[None]:
       return call(*args, **kwargs)
     path = "/".join(module.path)
     seen = Seen(path, found, kernel, recipe.rule(path))
-    if visit is not None:
-      visit(module, seen)
-    if seen.in_float:
-      return call(*args, **kwargs)
-    try:
-      return found.finish(_run(module, seen))
-    except ValueError as error:
-      raise ValueError(f"{path or type(module).__name__}: {error}") from error
+    then = None if visit is None else visit(module, seen)
+    y = call(*args, **kwargs) if seen.in_float else _finished(module, seen)
+    return y if then is None else then(y)
 
   with _in_force((depth, recipe, visit)), nn.intercept_methods(interceptor):
     yield
@@ -143,6 +139,14 @@ def _nodes_as_they_are(module: nn.Module) -> Iterator[None]:
     del scope.param
     if outer is not None:  # scopes can be shared
       scope.param = outer
+
+
+def _finished(module: nn.Module, seen: Seen) -> jax.Array:
+  """What the module returns; errors name the site."""
+  try:
+    return seen.call.finish(_run(module, seen))
+  except ValueError as error:
+    raise ValueError(f"{seen.path or type(module).__name__}: {error}") from error
 
 
 def _run(module: nn.Module, seen: Seen) -> jax.Array:
