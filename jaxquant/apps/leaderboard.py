@@ -18,8 +18,8 @@ from jaxquant.apps.results import Results, cost, fingerprint
 from jaxquant.evaluation import Candidate, Scores, by_site, evaluate
 from jaxquant.metrics import METRICS, Metric
 from jaxquant.models import Transformer
+from jaxquant.models.decoder import unstack_layers
 from jaxquant.models.stored import Stored, digest
-from jaxquant.models.transformer import unstack_layers
 from jaxquant.prepare import prepare
 from jaxquant.ptq import SiteReport
 from jaxquant.recipe import Recipe

@@ -2,6 +2,7 @@
 
 from jaxquant.models import attention_statistics as _attention  # noqa: F401  registers it
 from jaxquant.models import blocks as _blocks  # noqa: F401  registers them
-from jaxquant.models.transformer import Transformer, TransformerShape, stack_layers, unstack_layers
+from jaxquant.models.decoder import stack_layers, unstack_layers
+from jaxquant.models.transformer import Transformer, TransformerShape
 
 __all__ = ["Transformer", "TransformerShape", "stack_layers", "unstack_layers"]
