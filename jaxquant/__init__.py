@@ -10,6 +10,7 @@ from jaxquant.ops.qdot import FLOAT, Operand, Rotation, Rule, Source, qdot, weig
 from jaxquant.ptq import quantize_params, report, size_bytes
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Sites, sites
+from jaxquant.state import init_quant, without_state
 from jaxquant.tensor import QTensor, dequantize, nonfinite_blocks, pack, unpack
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
   "dequantize",
   "encode",
   "formats",
+  "init_quant",
   "intercepted",
   "map_kernels",
   "matmul",
@@ -53,4 +55,5 @@ __all__ = [
   "to_dense",
   "unpack",
   "weight_only",
+  "without_state",
 ]

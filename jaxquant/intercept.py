@@ -161,16 +161,37 @@ def _run(module: nn.Module, seen: Seen) -> jax.Array:
       "it was packed for another model"
     )
   key = module.make_rng("sr") if rule.needs_key and module.has_rng("sr") else None
+  state = _state(module, rule)
   as_stored = packed and not isinstance(seen.kernel, QTensor)
 
-  def run(x: jax.Array, w: object, key: jax.Array | None) -> jax.Array:
-    return matmul(w, x, lambda x, w: qdot(x, w, _stored(rule, w) if as_stored else rule, key))
+  def run(x: jax.Array, w: object, key: jax.Array | None, state: dict | None) -> jax.Array:
+    dot = lambda x, w: qdot(x, w, _stored(rule, w) if as_stored else rule, key, state)
+    if rule.learned is None or packed:
+      return matmul(w, x, dot)
+    inner = lambda x, w: matmul(w, x, dot)
+    return rule.learned(state["learned"], x, w, inner, state["clock"], key)
 
   lead = call.x.shape[:-2]
   keys = key if key is None or not lead else jax.random.split(key, lead)
   for _ in lead:
-    run = jax.vmap(run, in_axes=(0, 0, None if key is None else 0))
-  return run(call.x, kernel, keys)
+    axes = (0, 0, *(None if a is None else 0 for a in (key, state)))
+    run = jax.vmap(run, in_axes=axes)
+  return run(call.x, kernel, keys, state)
+
+
+def _state(module: nn.Module, rule: Rule) -> dict | None:
+  """What the collection "quant" holds for a site."""
+  if not rule.has_state:
+    return None
+  if module.has_variable("quant", "state"):
+    return module.get_variable("quant", "state")
+  if rule.learned is None:
+    return None  # qdot says what is missing
+  raise ValueError(
+    f"the rule ({rule}) has parameters and none came in: put jaxquant.init_quant(model, variables, "
+    "recipe, inputs) under 'quant' in the variables, and list 'quant' in the variable_axes of "
+    "nn.scan"
+  )
 
 
 def _stored(rule: Rule, w: jax.Array | QTensor) -> Rule:

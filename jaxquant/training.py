@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxquant import state
+from jaxquant.recipe import Recipe
+from jaxquant.state import init_quant
+
 Apply = Callable[..., jax.Array]  # (variables, tokens [B, T], rngs={'sr': key}) -> logits
-# (params, batch [B, T+1], rngs) -> nats per token
-Loss = Callable[[optax.Params, jax.Array, dict], jax.Array]
+# (variables, batch [B, T+1], rngs) -> nats per token
+Loss = Callable[[dict, jax.Array, dict], jax.Array]
 
 
 @flax.struct.dataclass
@@ -26,19 +30,41 @@ class TrainState:
     step: int32 scalar, updates done; it also names the next batch and the next random key.
     params: the model's parameters.
     opt_state: the optimizer's state.
+    quant: the recipe's state (`jaxquant.state`); {} if it has none.
   """
 
   step: jax.Array
   params: optax.Params
   opt_state: optax.OptState
+  quant: dict = flax.struct.field(default_factory=dict)
+
+  @property
+  def variables(self) -> dict:
+    """What the model is applied to."""
+    return {"params": self.params} | ({"quant": self.quant} if self.quant else {})
 
 
 def init_state(
-  model: nn.Module, tx: optax.GradientTransformation, tokens: ArrayLike, seed: int
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  tokens: ArrayLike,
+  seed: int,
+  recipe: Recipe | None = None,
 ) -> TrainState:
-  """Fresh parameters and optimizer state; tokens [B, T] only give the shapes."""
+  """Fresh parameters, optimizer and recipe state; tokens [B, T] give the shapes.
+
+  Parameters that the recipe learns start from what the sites see of the tokens.
+  """
   params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+  quant = {} if recipe is None else init_quant(model, {"params": params}, recipe, tokens)
+  opt_state = tx.init(_trained(params, quant))
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, quant)
+
+
+def _trained(params: optax.Params, quant: dict) -> optax.Params:
+  """What the optimizer sees: the parameters, and beside them those that the recipe learns."""
+  learned = state.learned(quant)
+  return {"params": params, "quant": learned} if learned else params
 
 
 def _decayed(params: optax.Params) -> optax.Params:
@@ -73,8 +99,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def from_logits(apply: Apply) -> Loss:
   """The loss of any model that returns logits: all of them exist at once."""
 
-  def loss(params, batch, rngs):
-    return cross_entropy(apply({"params": params}, batch[:, :-1], rngs=rngs), batch[:, 1:])
+  def loss(variables, batch, rngs):
+    return cross_entropy(apply(variables, batch[:, :-1], rngs=rngs), batch[:, 1:])
 
   return loss
 
@@ -82,8 +108,8 @@ def from_logits(apply: Apply) -> Loss:
 def from_targets(apply: Apply) -> Loss:
   """The same of a model that takes `targets` and returns losses, such as ours: chunk by chunk."""
 
-  def loss(params, batch, rngs):
-    return apply({"params": params}, batch[:, :-1], targets=batch[:, 1:], rngs=rngs).mean()
+  def loss(variables, batch, rngs):
+    return apply(variables, batch[:, :-1], targets=batch[:, 1:], rngs=rngs).mean()
 
   return loss
 
@@ -93,6 +119,8 @@ def make_step(
   tx: optax.GradientTransformation,
   seed: int,
   *,
+  recipe: Recipe | None = None,
+  accumulate: int = 1,
   loss_of: Callable[[Apply], Loss] = from_logits,
   out_shardings: object = None,
 ) -> jax.stages.Wrapped:
@@ -104,31 +132,37 @@ def make_step(
     apply: `model.apply` or `jaxquant.quantized(model, recipe)`.
     tx: the optimizer.
     seed: of all randomness.
+    recipe: that of `apply`, if it keeps state.
+    accumulate: microbatches per update, along B.
     loss_of: `from_logits` or `from_targets`.
     out_shardings: of (state, metrics), as of `jax.jit`; None: the compiler's choice.
   """
-  loss = loss_of(apply)
+  gradients = state.value_and_grad(loss_of(apply), recipe, accumulate)
 
-  def step(state, batch):
-    rngs = {"sr": jax.random.fold_in(jax.random.key(seed), state.step)}
-    value, grads = jax.value_and_grad(loss)(state.params, batch, rngs)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+  def step(before, batch):
+    rngs = {"sr": jax.random.fold_in(jax.random.key(seed), before.step)}
+    value, grads, seen = gradients(before.variables, batch, rngs)
+    quant = state.advance(recipe, before.quant, seen) if before.quant else before.quant
+    trained, grads = _trained(before.params, quant), _trained(grads, seen)
+    updates, opt_state = tx.update(grads, before.opt_state, trained)
+    params = optax.apply_updates(trained, updates)
+    if state.learned(quant):
+      params, quant = params["params"], state.merge(quant, params["quant"])
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(before.step + 1, params, opt_state, quant), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def make_evaluate(apply: Apply) -> Callable[[optax.Params, Iterable[ArrayLike]], float]:
-  """(params, batches int32 [B, T+1]) -> mean loss in nats per token over all of them."""
+def make_evaluate(apply: Apply) -> Callable[[dict, Iterable[ArrayLike]], float]:
+  """(variables, batches int32 [B, T+1]) -> mean loss in nats per token over all of them."""
 
   @jax.jit
-  def loss(params, batch):
-    return from_logits(apply)(params, batch, {"sr": jax.random.key(0)})
+  def loss(variables, batch):
+    return from_logits(apply)(variables, batch, {"sr": jax.random.key(0)})
 
-  def evaluate(params, batches):
-    losses = [loss(params, batch) for batch in batches]
+  def evaluate(variables, batches):
+    losses = [loss(variables, batch) for batch in batches]
     return float(sum(losses) / len(losses))
 
   return evaluate

@@ -15,11 +15,12 @@ PACKAGE = ROOT / "jaxquant"
 LAYERS = {
   "grids": 0, "formats": 0, "rounding": 0, "named_functions": 0,
   "packing": 1, "tensor": 1, "scales": 1, "encoding": 1, "observers": 1, "nested": 1,
+  "estimators": 1,
   "kernels": 2, "mixed": 2,
   "ops": 3, "cache": 3,
   "transforms": 4,
   "statistics": 5, "spread": 5, "solvers": 5, "allocate": 5, "sensitivity": 5,
-  "contraction": 6, "recipe": 6, "intercept": 6, "sites": 6, "ptq": 6,
+  "contraction": 6, "recipe": 6, "intercept": 6, "state": 6, "sites": 6, "ptq": 6,
   "tapping": 6,
   "calibration": 6, "calibration_checks": 6, "solving": 6, "model_blocks": 6, "sequential": 6,
   "statistics_cache": 6,
@@ -36,7 +37,7 @@ LAYERS = {
 STRANGERS = [{"transforms", "solvers"}, {"ops", "cache"}]
 CORE = 6  # L0 to L6, but for the families that grow by a file for each member
 FAMILIES = {"solvers", "steps", "transforms"}
-CORE_LINES = 9800  # what takes the place of the planned 6000 is in BUILD_NOTES
+CORE_LINES = 11200  # what takes the place of the planned 6000 is in BUILD_NOTES
 FILE_LINES = {"default": 400, "pallas_kernels": 500}
 FUNCTION_LINES = 40
 RECIPE_LINES = 80

@@ -183,7 +183,7 @@ def loop(config, state, *, step, validate, batch, metrics, save, signals) -> tra
       seconds = time.perf_counter() - clock
       row["tokens_per_s"] = (done - logged) * config.batch_size * config.seq_len / seconds
       if evaluated:
-        row["validation_loss"] = validate(state.params)
+        row["validation_loss"] = validate(state.variables)
       metrics.write(done, row)
       bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "grad_norm"}, refresh=False)
       logged, clock = done, time.perf_counter()
@@ -223,7 +223,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> training.TrainState:
         config,
         state,
         step=training.make_step(apply, tx, config.seed),
-        validate=lambda params: evaluate(params, held_out),
+        validate=lambda variables: evaluate(variables, held_out),
         batch=batch,
         metrics=metrics,
         save=checkpoints.save,
