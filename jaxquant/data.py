@@ -12,7 +12,7 @@ import functools
 import hashlib
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -140,3 +140,52 @@ def eval_batches(
   starts = np.arange(n * batch_size) * windows // (n * batch_size) * seq_len
   for rows in starts.reshape(n, batch_size):
     yield _windows(tokens, rows, seq_len)
+
+
+class Packed(NamedTuple):
+  """Rows of several documents behind one anchor token.
+
+  Attributes:
+    tokens: int32 [B, T+1]; inputs are [:, :-1] and targets [:, 1:].
+    documents: int32 [B, T+1], for `Transformer(..., documents=)`: 0 is the anchor, -1 padding.
+    trained: bool [B, T], targets that continue the document of their input, or the anchor.
+  """
+
+  tokens: np.ndarray
+  documents: np.ndarray
+  trained: np.ndarray
+
+
+def pack_documents(
+  documents: Sequence[np.ndarray], seq_len: int, anchor: int = SEPARATOR
+) -> Packed:
+  """Documents one after the other behind an anchor in every row (arXiv:2411.13476, section 4).
+
+  A document that does not fit is cut, and goes on in the next row; only the last row is padded.
+
+  Args:
+    documents: int [T_i] each, without a beginning-of-sequence token of their own.
+    seq_len: T, tokens of documents in a row.
+    anchor: the beginning-of-sequence token, at position 0 of each row; also the padding.
+
+  Raises:
+    ValueError: no token at all.
+
+  Example:
+    >>> pack_documents([np.array([5, 6]), np.array([7, 8])], 3, anchor=1).documents.tolist()
+    [[0, 1, 1, 2], [0, 2, -1, -1]]
+  """
+  lengths = [len(d) for d in documents]
+  size = sum(lengths)
+  if not size:
+    raise ValueError(f"{len(lengths)} documents without a token; there is nothing to pack.")
+  rows = -(-size // seq_len)
+  tokens = np.full(rows * seq_len, anchor, np.int32)
+  which = np.full(rows * seq_len, -1, np.int32)
+  tokens[:size] = np.concatenate(documents)
+  which[:size] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+  behind = lambda x, first: np.pad(x.reshape(rows, -1), ((0, 0), (1, 0)), constant_values=first)
+  which = behind(which, 0)
+  inputs, targets = which[:, :-1], which[:, 1:]
+  trained = (targets > 0) & ((targets == inputs) | (inputs == 0))
+  return Packed(behind(tokens, anchor), which, trained)

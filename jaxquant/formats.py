@@ -164,6 +164,7 @@ UINT4_G32_OFFSET = Format(uint_grid(4), 32, offset=True)  # data * scale + min o
 UINT2_G32_OFFSET = Format(uint_grid(2), 32, offset=True)
 TERNARY_CHANNEL = Format(TERNARY)
 BINARY = Format(bipolar_grid(1))
+BFLOAT16 = Format(BF16, None, None)  # its scale is 1: the range is that of float32
 E4M3_TENSOR = Format(E4M3, None, None)
 E5M2_TENSOR = Format(E5M2, None, None)
 E4M3_TOKEN = Format(E4M3)

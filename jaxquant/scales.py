@@ -104,7 +104,7 @@ def absmax(blocks: jax.Array, fmt: Format) -> Scales:
 def unscaled(blocks: jax.Array, fmt: Format) -> Scales:
   """Scale = 1: elements with the range of float32 are rounded as they are (BF16 storage)."""
   del fmt
-  return Scales(jnp.ones_like(amax(blocks)))
+  return Scales(jnp.ones((*blocks.shape[:-3], blocks.shape[-2])))
 
 
 def absmax_first(blocks: jax.Array, fmt: Format) -> Scales:

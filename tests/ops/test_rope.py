@@ -99,7 +99,7 @@ def test_rotation_is_float32_and_the_cast_comes_last():
   ],
 )
 def test_positions_that_cannot_count_are_refused(dtype, said):
-  model = Transformer(TransformerShape(8, 16, 1, 2, 1, 8, 16))
+  model = Transformer(TransformerShape(vocab=8, d_model=16, n_layers=1, head_dim=8, d_ff=16))
   tokens = jnp.zeros((1, 4), jnp.int32)
   with pytest.raises(TypeError, match=rf"RoPE: positions \[1, 4\] came as {said}"):
     jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, positions=tokens.astype(dtype)))
