@@ -8,6 +8,8 @@ import pytest
 
 from jaxquant.models import Transformer, TransformerShape
 from jaxquant.ops.attention import attend, rope_tables, rotate
+from jaxquant.ops.qdot import qdot
+from jaxquant.recipes.training import rope_guard
 
 D, THETA = 128, 10_000.0
 
@@ -115,3 +117,18 @@ def test_products_of_attention_are_in_float32_or_from_bf16_into_float32(dtype, p
   for dot in dots:
     assert dot["preferred_element_type"] == jnp.float32
     assert (dot["precision"] and dot["precision"][0].name) == precision
+
+
+def test_what_is_left_of_bf16_is_the_rounding_of_six_operands():
+  """The recipe's three products: operands rounded to bf16, sums in float32."""
+  x, w, g = (
+    np.random.default_rng(i).standard_normal(s).astype(np.float32)
+    for i, s in enumerate(((16, 32), (32, 24), (16, 24)))
+  )
+  rule = rope_guard().rule("layers/attn/q")
+  y, back = jax.vjp(lambda x, w: qdot(x, w, rule), x, w)
+  narrow = lambda a: np.asarray(a, jnp.bfloat16).astype(np.float64)
+  want = narrow(x) @ narrow(w), narrow(g) @ narrow(w).T, narrow(x).T @ narrow(g)
+  for got, exact in zip((y, *back(g)), want):
+    np.testing.assert_allclose(got, exact, atol=1e-5)  # float32 sums of up to 32 products
+    assert np.abs(got - np.asarray(got, jnp.bfloat16).astype(np.float32)).max() > 1e-3

@@ -6,8 +6,10 @@ from jaxquant import formats
 from jaxquant.recipes.system import System
 from jaxquant.recipes.training import (
   int_vs_fp,
+  layercast,
   mxfp8,
   nvfp4,
+  rope_guard,
   w8a8_int8,
 )
 
@@ -81,5 +83,19 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2510.25602",
     "NVINT4 after a block Hadamard along every contraction",
     "outlier channels: QSNR below NVFP4 before a 16-rotation, above it after (tests/test_qsnr.py)",
+  ),
+  "rope_guard": System(
+    rope_guard,
+    "T18",
+    "arXiv:2411.13476",
+    "bf16 in all six operands; rotary angles exact for integer positions; packs with an anchor",
+    "scores move 2.4e-7 for any common shift; bf16 angles .07 to .79 (tests/ops/test_rope.py)",
+  ),
+  "layercast": System(
+    layercast,
+    "T19",
+    "arXiv:2506.09501",
+    "bf16 weights (or any format), widened beside their product; the rest float32",
+    "over batch, padding and cache logits move 2.3e-5, greedy tokens not (tests/test_layercast.py)",
   ),
 }
