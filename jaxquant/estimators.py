@@ -93,7 +93,7 @@ def spline(steepness: float = 2.0) -> Estimator:
 
 def _within(u: jax.Array, q: QTensor) -> jax.Array:
   """Where u lies between its neighbours on the grid, 0 to 1; outside of that beyond the grid."""
-  values = np.unique(q.fmt.elem.values)  # sorted, one zero
+  values = np.unique(q.fmt.elem.values())  # sorted, one zero
   values = values[np.isfinite(values)].astype(np.float32)
   table = jnp.asarray(values)
   above = jnp.clip(jnp.searchsorted(table, u, method="compare_all"), 1, len(values) - 1)
