@@ -159,7 +159,7 @@ class Packed(NamedTuple):
 def pack_documents(
   documents: Sequence[np.ndarray], seq_len: int, anchor: int = SEPARATOR
 ) -> Packed:
-  """Documents one after the other behind an anchor in every row (arXiv:2411.13476, section 4).
+  """Documents one after the other behind an anchor in every row (arXiv:2411.13476).
 
   A document that does not fit is cut, and goes on in the next row; only the last row is padded.
 

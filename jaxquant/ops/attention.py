@@ -16,7 +16,7 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
   """Cos and sin of position * theta^(-2i/D), i < D/2, in f32, as exact at 10^7 as at 10.
 
   arXiv:2104.09864, eq. 15. A float32 product of position and frequency misses the angle by up to
-  2^-24 * position, which scores then see as a shift (arXiv:2411.13476, section 3, for bf16). So the
+  2^-24 * position, which scores then see as a shift (arXiv:2411.13476, for bf16). So the
   angle is a phase in turns, an integer modulo 2^32, as in a numerically controlled oscillator:
 
       phase = floor(position * round(2^48 frequency / 2 pi) / 2^16)  mod 2^32
@@ -78,7 +78,7 @@ def document_mask(documents: jax.Array) -> jax.Array:
 
       mask[t, s] = s <= t and (documents[s] == documents[t] or documents[s] == 0)
 
-  arXiv:2411.13476, section 4: one anchor token (the BOS) of document 0 in front of the pack is the
+  arXiv:2411.13476: one anchor token (the BOS) of document 0 in front of the pack is the
   attention sink of all documents, and positions run on over the pack. Without a document 0 it is
   attention within documents; with all of them 0, plain causal attention.
 
