@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxquant.contraction import Contraction, find, parameter, registered
+from jaxquant.estimators import straight_through
 from jaxquant.kernels import is_node, matmul, to_dense
 from jaxquant.ops.dispatch import explain
 from jaxquant.ops.qdot import FLOAT, Operand, Rotation, Rule, qdot, quantize_operand
@@ -166,10 +167,10 @@ def _run(module: nn.Module, seen: Seen) -> jax.Array:
 
   def run(x: jax.Array, w: object, key: jax.Array | None, state: dict | None) -> jax.Array:
     dot = lambda x, w: qdot(x, w, _stored(rule, w) if as_stored else rule, key, state)
-    if rule.learned is None or packed:
+    if rule.learned is None:
       return matmul(w, x, dot)
     inner = lambda x, w: matmul(w, x, dot)
-    return rule.learned(state["learned"], x, w, inner, state["clock"], key)
+    return rule.learned(state.get("learned", {}), x, w, inner, state["clock"], key)
 
   lead = call.x.shape[:-2]
   keys = key if key is None or not lead else jax.random.split(key, lead)
@@ -207,17 +208,7 @@ def _lookup(kernel: object, ids: jax.Array, rule: Rule) -> jax.Array:
   if is_node(kernel):
     return _rows(kernel, ids)
   found = _rows(quantize_operand(kernel, rule.w, -2), ids)
-  return _straight_through(_rows(kernel, ids), jax.lax.stop_gradient(found))
-
-
-@jax.custom_vjp
-def _straight_through(x: jax.Array, q: jax.Array) -> jax.Array:
-  """Q itself, to the last bit, with the gradient of x."""
-  del x
-  return q
-
-
-_straight_through.defvjp(lambda x, q: (q, None), lambda _, g: (g, jnp.zeros_like(g)))
+  return straight_through(_rows(kernel, ids), jax.lax.stop_gradient(found))
 
 
 def _rows(kernel: object, ids: jax.Array) -> jax.Array:

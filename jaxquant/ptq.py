@@ -20,7 +20,7 @@ from jaxquant.prepare import prepare
 from jaxquant.recipe import Recipe
 from jaxquant.sequential import layers_in_order, solve_in_order
 from jaxquant.sites import Site, flat_params, sites
-from jaxquant.solving import canonical, solve_site
+from jaxquant.solving import canonical, learned_kernel, solve_site
 from jaxquant.statistics import AttentionStatistic
 from jaxquant.tensor import QTensor
 
@@ -32,7 +32,7 @@ def quantize_params(
   batches: Iterable | None = None,
   *,
   example: object | None = None,
-  statistics_bytes: int = 2**28,
+  statistics_bytes: int = 2**26,
   cache: Cache | None = None,
   progress: bool = True,
 ) -> dict:
@@ -60,7 +60,8 @@ def quantize_params(
     progress: show a bar over the sites.
 
   Returns:
-    Variables of the same structure whose quantized kernels are packed nodes.
+    Variables of the same structure whose quantized kernels are packed nodes. Sites of a learned
+    rule give what they have learned; their parameters for inputs and outputs stay in "quant".
 
   Raises:
     ValueError: no calibration batch for a solver that needs one; non-finite batches, statistics or
@@ -80,6 +81,10 @@ def quantize_params(
   todo = table.quantized()
   for site in todo:
     _check(site, flat[site.keys])
+  trained = [site for site in table if site.rule.learned is not None]
+  for site in trained:
+    flat[site.keys] = learned_kernel(site, flat[site.keys], variables)
+  todo = [site for site in todo if site not in trained]
   if isinstance(recipe.statistic, AttentionStatistic):
     found = attention_statistics(model, variables, recipe, batches)
     solved = {s.keys: solve_site(s, flat[s.keys], found[s.path], recipe) for s in todo}

@@ -47,6 +47,31 @@ def solve_site(site: Site, weight: jax.Array, statistic: object, recipe: Recipe)
   return stacked(solved, site.stack)
 
 
+def learned_kernel(site: Site, weight: jax.Array, variables: dict) -> object:
+  """The packed kernel of a site whose rule has learned it (`jaxquant.quantizers`).
+
+  Args:
+    site: from `sites`.
+    weight: the stored parameter, with its stacked axes.
+    variables: with the trained collection "quant".
+
+  Raises:
+    ValueError: without that collection.
+  """
+  found = variables.get("quant", {})
+  for name in (*site.path.split("/"), "state"):
+    if name not in found:
+      raise ValueError(
+        f"{site.path}: its rule learns, and the variables hold nothing it has learned: pass "
+        "those of the trained state, {'params': ..., 'quant': ...}"
+      )
+    found = found[name]
+  pack = lambda theta, w: pack_kernel(site.rule.learned.kernel(theta, w))
+  for _ in site.stack + site.shape[:-2]:
+    pack = jax.vmap(pack)
+  return jax.jit(pack)(found.get("learned", {}), canonical(site, weight))
+
+
 def stacked(kernels: list, stack: tuple[int, ...]) -> object:
   """The kernels of all layers as one, [stack..., ...]."""
   join = lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape)

@@ -198,7 +198,7 @@ class Learned:
     self,
     theta: State,
     x: jax.Array,
-    w: jax.Array,
+    w: object,
     dot: Callable[[jax.Array, object], jax.Array],
     clock: jax.Array,
     key: jax.Array | None,
@@ -208,7 +208,7 @@ class Learned:
     Args:
       theta: the parameters.
       x: [M, K].
-      w: [K, N].
+      w: [K, N], or what `kernel` made of it.
       dot: (x, kernel) -> y under the site's rule.
       clock: int32 scalar, steps done: schedules are functions of it.
       key: for noise.
