@@ -5,6 +5,7 @@ mask, and what lies beyond a row's length (padding, an older sequence) is never 
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import flax.struct
@@ -40,6 +41,7 @@ class KVCache:
   length: jax.Array
 
 
+@functools.singledispatch
 def init_cache(
   shape: KVShape,
   batch: int,
@@ -48,7 +50,8 @@ def init_cache(
 ) -> KVCache:
   """An empty cache for `batch` rows of at most `max_len` tokens (default: the shape's).
 
-  A row must not grow past max_len: lengths are traced values, so nobody can check it here.
+  Models that keep something else than keys and values register their shape. A row must not grow
+  past max_len: lengths are traced values, so nobody can check it here.
   """
   tokens = shape.max_len if max_len is None else max_len
   dtype = shape.dtype if dtype is None else dtype

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 
+from jaxquant.models.gla import GLA, GLAShape
 from jaxquant.models.transformer import Transformer, TransformerShape
 
-ARCHITECTURES = {"transformer": (Transformer, TransformerShape)}
+ARCHITECTURES = {"transformer": (Transformer, TransformerShape), "gla": (GLA, GLAShape)}
 
 
 def build(architecture: str, fields: Mapping[str, object]) -> nn.Module:
@@ -29,3 +30,8 @@ def build(architecture: str, fields: Mapping[str, object]) -> nn.Module:
     raise ValueError(f"architecture {architecture!r} is none of {sorted(ARCHITECTURES)}")
   model, shape = ARCHITECTURES[architecture]
   return model(shape(**fields))
+
+
+def architecture_of(model: nn.Module) -> str:
+  """The name under which `build` makes it."""
+  return next(name for name, (of, _) in ARCHITECTURES.items() if of is type(model))

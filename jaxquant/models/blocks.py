@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.blocks import Blocks, blocks_of
-from jaxquant.models import transformer
+from jaxquant.models import gla, transformer
 from jaxquant.models.decoder import Block, DecoderShape, block_names
 
 
@@ -42,6 +42,11 @@ class _One(nn.Module):
 @blocks_of.register
 def _(model: transformer.Transformer) -> Blocks:
   return _blocks(model.shape, transformer.Attention, transformer.context_of)
+
+
+@blocks_of.register
+def _(model: gla.GLA) -> Blocks:
+  return _blocks(model.shape, gla.GatedLinearAttention, gla.context_of)
 
 
 def _blocks(shape: DecoderShape, mixer: type[nn.Module], context: Callable) -> Blocks:

@@ -12,13 +12,15 @@ import os
 import pathlib
 from typing import NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxquant import checkpoint
-from jaxquant.models.transformer import Transformer, TransformerShape
+from jaxquant.models.architectures import architecture_of, build
+from jaxquant.models.decoder import DecoderShape
 
 
 class Stored(NamedTuple):
@@ -30,7 +32,7 @@ class Stored(NamedTuple):
     about: JSON values; provenance, and "recipe" if the weights are packed.
   """
 
-  model: Transformer
+  model: nn.Module
   variables: dict
   about: dict
 
@@ -41,7 +43,8 @@ def write(path: str | os.PathLike, stored: Stored) -> str:
   Raises:
     CheckpointError: the folder exists.
   """
-  metadata = stored.about | {"shape": shape_to_json(stored.model.shape)}
+  named = {"architecture": architecture_of(stored.model)}
+  metadata = stored.about | named | {"shape": shape_to_json(stored.model.shape)}
   return checkpoint.save(path, stored.variables, metadata=metadata)
 
 
@@ -54,7 +57,7 @@ def read(path: str | os.PathLike) -> Stored:
   about = cast(dict, checkpoint.read_manifest(path)["metadata"])
   if "shape" not in about:
     raise checkpoint.CheckpointError(f"{path}: its metadata name no model shape.")
-  model = Transformer(TransformerShape(**about.pop("shape")))
+  model = build(about.pop("architecture", "transformer"), about.pop("shape"))
   return Stored(model, cast(dict, checkpoint.restore(path)), about)
 
 
@@ -73,12 +76,12 @@ def trained(workdir: pathlib.Path) -> Stored:
     config = reader.restore(saved / "config")
   with ocp.StandardCheckpointer() as reader:
     state = reader.restore(saved / "state")
-  model = Transformer(TransformerShape(**config["model"]))
+  model = build(config.get("architecture", "transformer"), config["model"])
   return Stored(model, {"params": state["params"]}, {"step": int(state["step"]), "config": config})
 
 
-def shape_to_json(shape: TransformerShape) -> dict:
-  """The fields of a shape as JSON; `TransformerShape(**it)` is the shape again."""
+def shape_to_json(shape: DecoderShape) -> dict:
+  """The fields of a shape as JSON; its class `(**it)` is the shape again."""
   names = lambda k, v: jnp.dtype(v).name if k.endswith("dtype") else v
   return {k: names(k, v) for k, v in dataclasses.asdict(shape).items()}
 
