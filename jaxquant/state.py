@@ -152,6 +152,25 @@ def advance(recipe: Recipe, quant: Tree, seen: Tree) -> Tree:
   return unflatten_dict(flat)
 
 
+def carried(old: Tree, fresh: Tree) -> Tree:
+  """The collection `fresh` of another recipe, with what `old` remembers in the same form.
+
+  An entry of a site (a tracker's state) is taken over if all its leaves have the same names, shapes
+  and dtypes.
+  """
+  form = lambda tree: jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+  known = dict(sites_of(old))
+  flat = flatten_dict(fresh)
+  for site, state in sites_of(fresh):
+    for name, entry in state.items():
+      before = known.get(site, {}).get(name)
+      if before is not None and form(before) == form(entry):
+        flat |= {
+          (*site.split("/"), STATE, *path): a for path, a in flatten_dict({name: before}).items()
+        }
+  return unflatten_dict(flat)
+
+
 def without_state(recipe: Recipe) -> Recipe:
   """The recipe with current scales for delayed ones and no patch: for packed weights."""
 
@@ -171,8 +190,8 @@ def value_and_grad(
   Args:
     loss: (variables, batch [B, ...], rngs) -> scalar.
     recipe: whose state it is; None: there is none.
-    accumulate: microbatches that a batch is cut into along B; their mean is the result. Each is
-      quantized by itself, with a key of its own.
+    accumulate: microbatches that a batch is dealt to, row by row; their mean is the result. Each
+      is quantized by itself, with a key of its own.
   """
 
   def one(variables: Tree, batch: jax.Array, rngs: Tree) -> tuple:
@@ -188,7 +207,8 @@ def value_and_grad(
   def many(variables: Tree, batch: jax.Array, rngs: Tree) -> tuple:
     if batch.shape[0] % accumulate:
       raise ValueError(f"a batch of {batch.shape[0]} rows cannot be cut into {accumulate}")
-    parts = batch.reshape(accumulate, -1, *batch.shape[1:])
+    # Every n-th row, so that each part of a sharded batch is on all devices.
+    parts = batch.reshape(-1, accumulate, *batch.shape[1:]).swapaxes(0, 1)
 
     def body(sums: tuple, part: tuple) -> tuple:
       batch, i = part

@@ -163,8 +163,8 @@ def test_learned_parameters_are_trained_and_others_are_not_touched():
 @pytest.mark.parametrize("name", ["delayed", "patch"])
 def test_microbatches_give_the_state_of_the_batch(name):
   (whole, state, _), (parts, _, _) = started(name), started(name, accumulate=2)
-  # Both halves are alike: a scale per tensor is then the same for a half and for the whole.
-  tokens = jnp.concatenate([TOKENS[:2], TOKENS[:2]])
+  # Both parts are alike: a scale per tensor is then the same for a part and for the whole.
+  tokens = jnp.repeat(TOKENS[:2], 2, axis=0)
   a, metrics = whole(state, tokens)
   b, others = parts(state, tokens)
   np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
