@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxquant"
 LAYERS = {
   "grids": 0, "formats": 0, "rounding": 0, "named_functions": 0,
   "packing": 1, "tensor": 1, "scales": 1, "encoding": 1, "observers": 1, "nested": 1,
-  "estimators": 1,
+  "estimators": 1, "eden": 1,
   "kernels": 2, "mixed": 2,
   "ops": 3, "cache": 3,
   "transforms": 4,
@@ -33,7 +33,7 @@ LAYERS = {
   "acceptance": 8,
   "gates": 8, "transform_gates": 8, "learned_gates": 8,
   "pod": 8, "aot": 8,
-  "spikes": 8, "paired": 8,
+  "spikes": 8, "paired": 8, "training_claims": 8,
   "apps": 9,
 }  # fmt: skip
 STRANGERS = [{"transforms", "solvers"}, {"ops", "cache"}]
