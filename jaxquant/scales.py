@@ -219,11 +219,14 @@ def _mantissa(grid: Grid) -> int:
 def quartet(blocks: jax.Array, fmt: Format) -> Scales:
   """Scale = 2^(floor(log2 amax) - emax) * 4/3: |x / scale| < max, nothing clips.
 
-  Stochastic rounding is then exactly unbiased (arXiv:2505.14669). A power-of-two store holds scale
-  * 3/4; 4/3 per operand is a constant of the output, so use it with a format whose scale is
-  float32.
+  Stochastic rounding is then exactly unbiased (arXiv:2505.14669). Scales with a scale of their own
+  are stored as the powers of two over 4/3, which leaves the block-scaled GEMM as a constant, 16/9
+  for two operands; float32 scales are their product.
   """
-  return Scales(over(ocp_floor(blocks, fmt).scale, 0.75))
+  power = ocp_floor(blocks, fmt).scale
+  if isinstance(fmt.scale, Format):
+    return Scales(QTensor(power, jnp.full_like(power[..., :1, :1], 4 / 3), fmt=fmt.scale))
+  return Scales(over(power, 0.75))
 
 
 def quest(blocks: jax.Array, fmt: Format) -> Scales:

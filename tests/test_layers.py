@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxquant"
 LAYERS = {
   "grids": 0, "formats": 0, "rounding": 0, "named_functions": 0,
   "packing": 1, "tensor": 1, "scales": 1, "encoding": 1, "observers": 1, "nested": 1,
-  "estimators": 1, "eden": 1,
+  "estimators": 1, "eden": 1, "eden": 1,
   "kernels": 2, "mixed": 2,
   "ops": 3, "cache": 3,
   "transforms": 4,

@@ -146,7 +146,7 @@ def alone(recipe):
 @pytest.mark.parametrize("name", [n for n, s in RECIPES.items() if alone(s.make())])
 def test_every_nearest_system(name):
   """Own scale rules, tiles, rotations: what the rule does to a float weight is what packs."""
-  recipe = RECIPES[name].make(float_sites="head")
+  recipe = jq.without_state(RECIPES[name].make())
   apply = jq.quantized(Mlp(), recipe)
   run = jax.jit(lambda v: apply(v, rows(4), rngs={"sr": jax.random.key(0)}))
   chex.assert_trees_all_equal(run(variables(Mlp())), run(pack(Mlp(), recipe)))

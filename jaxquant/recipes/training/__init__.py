@@ -1,10 +1,31 @@
 """Training in low precision: the six operands of every matmul."""
 
+from jaxquant.recipes.training.chon import chon
+from jaxquant.recipes.training.fp8 import fp8
+from jaxquant.recipes.training.fp8_blocks import fp8_blocks
 from jaxquant.recipes.training.int8 import w8a8_int8
 from jaxquant.recipes.training.int_vs_fp import int_vs_fp
+from jaxquant.recipes.training.jetfire import jetfire
 from jaxquant.recipes.training.layercast import layercast
 from jaxquant.recipes.training.mxfp8 import mxfp8
 from jaxquant.recipes.training.nvfp4 import nvfp4
+from jaxquant.recipes.training.quartet import quartet
+from jaxquant.recipes.training.quartet2 import quartet2
 from jaxquant.recipes.training.rope_guard import rope_guard
+from jaxquant.recipes.training.switchback import switchback
 
-__all__ = ["int_vs_fp", "layercast", "mxfp8", "nvfp4", "rope_guard", "w8a8_int8"]
+__all__ = [
+  "chon",
+  "fp8",
+  "fp8_blocks",
+  "int_vs_fp",
+  "jetfire",
+  "layercast",
+  "mxfp8",
+  "nvfp4",
+  "quartet",
+  "quartet2",
+  "rope_guard",
+  "switchback",
+  "w8a8_int8",
+]

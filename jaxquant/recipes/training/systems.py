@@ -2,14 +2,21 @@
 
 import functools
 
-from jaxquant import formats
+from jaxquant import formats, scales
 from jaxquant.recipes.system import System
 from jaxquant.recipes.training import (
+  chon,
+  fp8,
+  fp8_blocks,
   int_vs_fp,
+  jetfire,
   layercast,
   mxfp8,
   nvfp4,
+  quartet,
+  quartet2,
   rope_guard,
+  switchback,
   w8a8_int8,
 )
 
@@ -34,6 +41,69 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2509.25149",
     "NVFP4: 2D weights, RHT on wgrad, SR on gradients",
     "KL 13.7e-3 as W4A4 on the shipped model, step 0.49 of float32 (make demo, docs/results)",
+  ),
+  "chon": System(
+    chon,
+    "T2",
+    "arXiv:2602.02047",
+    "NVFP4 with a patch of the worst input channels; v of softmax attention in high precision",
+    "K=512, 10 hot channels: GEMM error .126, .085 at k=32 (tests/ops/test_patch.py)",
+  ),
+  "chon_gla": System(
+    functools.partial(chon, attention="gla"),
+    "T2",
+    "arXiv:2602.02047",
+    "the same for gated linear attention: its output and gate projections in high precision",
+    "as `chon`",
+  ),
+  "quartet": System(
+    quartet,
+    "T5",
+    "arXiv:2505.14669",
+    "MXFP4: QuEST scales under a Hadamard forward, unbiased SR under random ones backward",
+    "gradients equal the published algorithm's (tests/recipes/test_training_recipes.py)",
+  ),
+  "quartet2": System(
+    quartet2,
+    "T5",
+    "arXiv:2601.22813",
+    "NVFP4: nearest forward, MS-EDEN for all backward operands",
+    "MS-EDEN: squared error .0099 on a normal, SR .0236; slope bias < 2e-3 (tests/test_eden.py)",
+  ),
+  "fp8_delayed": System(
+    fp8,
+    "T9",
+    "arXiv:2209.05433",
+    "E4M3, gradients E5M2; delayed scale per tensor",
+    "trace of scales bit for bit (tests/recipes/test_training_recipes.py)",
+  ),
+  "fp8_current": System(
+    functools.partial(fp8, scales.fp8_scale),
+    "T9",
+    "arXiv:2209.05433",
+    "the same with current scales",
+    "scales of Transformer Engine bit for bit (tests/test_vectors.py)",
+  ),
+  "fp8_blocks": System(
+    fp8_blocks,
+    "T9",
+    "arXiv:2412.19437",
+    "E4M3: 1 x 128 of x and g, 128 x 128 of w",
+    "shared tests (tests/recipes/test_training_recipes.py)",
+  ),
+  "switchback": System(
+    switchback,
+    "T9",
+    "arXiv:2304.13013",
+    "int8 rows of x and g, int8 tensor of w; weight gradient in high precision",
+    "shared tests (tests/recipes/test_training_recipes.py)",
+  ),
+  "jetfire": System(
+    jetfire,
+    "T9",
+    "arXiv:2403.12422",
+    "int8 tiles of 32 x 32, SR on gradients; without the int8 data flow",
+    "shared tests (tests/recipes/test_training_recipes.py)",
   ),
   "mxint8": System(
     int_vs_fp,

@@ -1,0 +1,21 @@
+"""SwitchBack: int8 but for the weight gradient (arXiv:2304.13013)."""
+
+from jaxquant.formats import INT8, INT8_TENSOR
+from jaxquant.ops.qdot import FLOAT, STE, Operand, Rule
+from jaxquant.recipe import Recipe
+
+
+def switchback(*, save_int8: bool = False, float_sites: str = "embed|head") -> Recipe:
+  """Int8 rows of x and g, one scale per weight; dw = x^T g in high precision.
+
+  The contraction of dw is as long as the batch has tokens, and its noise grows with it; the other
+  two GEMMs are as long as the model is wide. The paper trains with StableAdamW and a layerscale
+  that starts at zero beside it (both belong to the optimizer and the model; details recalled).
+
+  Args:
+    save_int8: keep the quantized x for dw instead of x itself (the memory-saving variant).
+    float_sites: pattern of sites that stay in high precision.
+  """
+  rows, tensor = Operand(INT8), Operand(INT8_TENSOR)
+  rule = Rule(rows, tensor, rows, tensor, wgrad_x=STE if save_int8 else Operand())
+  return Recipe(((float_sites, FLOAT), (".*", rule)), name="switchback")
