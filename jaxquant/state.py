@@ -14,6 +14,7 @@ takes over all devices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import flax.linen as nn
@@ -168,6 +169,40 @@ def carried(old: Tree, fresh: Tree) -> Tree:
         flat |= {
           (*site.split("/"), STATE, *path): a for path, a in flatten_dict({name: before}).items()
         }
+  return unflatten_dict(flat)
+
+
+def between_steps(recipe: Recipe | None, quant: Tree, step: int) -> Tree:
+  """The collection with learned parameters renewed where that is due; mostly `quant` itself.
+
+  For what happens once in hundreds of steps and has no place in a compiled step, such as the
+  factorizations between the phases of a decaying branch (`jaxquant.quantizers.Branch`).
+
+  Args:
+    recipe: that of `quant`.
+    quant: after an update.
+    step: updates done since `init_quant`, as a number of the host: nothing waits for the device.
+
+  Example: a training loop of a recipe that may learn.
+    >>> for step in range(steps):  # doctest: +SKIP
+    ...   state, metrics = update(state, batch(step))
+    ...   state = state.replace(quant=between_steps(recipe, state.quant, step + 1))
+  """
+  quantizer = lambda site: recipe.rule(site).learned
+  found = {site: quantizer(site) for site, _ in sites_of(quant)} if recipe and quant else {}
+  due = tuple(sorted(site for site, q in found.items() if q is not None and q.due(step)))
+  return _renewed(recipe, due, quant) if due else quant
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _renewed(recipe: Recipe, due: tuple[str, ...], quant: Tree) -> Tree:
+  states, flat = dict(sites_of(quant)), flatten_dict(quant)
+  for site in due:
+    renew, theta = recipe.rule(site).learned.renewed, states[site]["learned"]
+    for _ in range(states[site]["clock"].ndim):
+      renew = jax.vmap(renew)
+    after = flatten_dict(renew(theta, states[site]["clock"]))
+    flat |= {(*site.split("/"), STATE, "learned", *path): a for path, a in after.items()}
   return unflatten_dict(flat)
 
 

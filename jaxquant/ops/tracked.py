@@ -218,3 +218,13 @@ class Learned:
   def kernel(self, theta: State, w: jax.Array) -> object:
     """What the trained weight is packed as: a node of `jaxquant.kernels`."""
     raise TypeError(f"{type(self).__name__} is abstract")
+
+  def due(self, step: int) -> bool:
+    """Whether `renewed` has something to do after so many steps."""
+    del step
+    return False
+
+  def renewed(self, theta: State, clock: jax.Array) -> State:
+    """The parameters as the next step shall find them (`jaxquant.state.between_steps`)."""
+    del clock
+    return theta

@@ -8,11 +8,23 @@ from jaxquant.quantizers.binary import (
   clip,
   clip_open,
   fourier,
+  identity,
 )
 from jaxquant.quantizers.low_rank import Branch
 from jaxquant.quantizers.lsq import LsqInput, LsqWeight, TokenRange
+from jaxquant.quantizers.mimic import mimic_loss, principal_directions
 from jaxquant.quantizers.noise import GaussianNoise
-from jaxquant.quantizers.parts import Centered, Chain, Clamped, Part, Parts, Scale, Shift, Unit
+from jaxquant.quantizers.parts import (
+  Centered,
+  Chain,
+  Clamped,
+  Part,
+  Parts,
+  Scale,
+  Shift,
+  Trained,
+  Unit,
+)
 
 __all__ = [
   "Bases",
@@ -30,9 +42,13 @@ __all__ = [
   "Scale",
   "Shift",
   "TokenRange",
+  "Trained",
   "Unit",
   "bireal",
   "clip",
   "clip_open",
   "fourier",
+  "identity",
+  "mimic_loss",
+  "principal_directions",
 ]

@@ -7,17 +7,18 @@ of 0 is +1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.estimators import straight_through
 from jaxquant.formats import BINARY
 from jaxquant.kernels import Sum
 from jaxquant.named_functions import parametrised
 from jaxquant.ops.tracked import State
-from jaxquant.quantizers.parts import Part
-from jaxquant.tensor import QTensor, pack
+from jaxquant.quantizers.parts import Part, Trained, mean
+from jaxquant.tensor import QTensor
 
 Slope = Callable[[jax.Array], jax.Array]
 
@@ -28,7 +29,7 @@ def clip(x: jax.Array) -> jax.Array:
 
 
 def clip_open(x: jax.Array) -> jax.Array:
-  """1 where |x| < 1."""
+  """1 where |x| < 1 (the DoReFa operator of BiBench)."""
   return (jnp.abs(x) < 1).astype(jnp.float32)
 
 
@@ -48,13 +49,17 @@ def fourier(terms: int = 9, omega: float = 0.1) -> Slope:
 
   The derivative of a square wave's Fourier series with n + 1 terms.
   """
+  return lambda x: _series(x, terms, terms, omega)
 
-  def slope(x: jax.Array) -> jax.Array:
-    odd = 2 * jnp.arange(terms + 1, dtype=jnp.float32) + 1
-    series = jnp.cos(omega * odd * x[..., None]).sum(-1)
-    return jnp.where(jnp.abs(x) <= 1, 4 * omega / jnp.pi * series, 0)
 
-  return slope
+def _series(x: jax.Array, n: jax.Array | int, most: int, omega: float) -> jax.Array:
+  """`fourier` with n terms of at most `most`."""
+
+  def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    return total + jnp.where(i <= n, jnp.cos((2 * i + 1) * omega * x), 0)
+
+  total = jax.lax.fori_loop(0, most + 1, add, jnp.zeros_like(x))
+  return jnp.where(jnp.abs(x) <= 1, 4 * omega / jnp.pi * total, 0)
 
 
 def sign(x: jax.Array, slope: Slope) -> jax.Array:
@@ -67,13 +72,20 @@ def sign(x: jax.Array, slope: Slope) -> jax.Array:
     >>> jax.grad(lambda x: sign(x, bireal))(0.25).item()
     1.5
   """
+  x = jnp.asarray(x)
+  return _sign(x, slope(jax.lax.stop_gradient(x)))
 
-  @jax.custom_vjp
-  def hard(x: jax.Array) -> jax.Array:
-    return jnp.where(x >= 0, 1.0, -1.0).astype(x.dtype)
 
-  hard.defvjp(lambda x: (hard(x), x), lambda x, g: (g * slope(x).astype(g.dtype),))
-  return hard(x)
+@jax.custom_vjp
+def _sign(x: jax.Array, slope: jax.Array) -> jax.Array:
+  del slope
+  return jnp.where(x >= 0, 1.0, -1.0).astype(x.dtype)
+
+
+_sign.defvjp(
+  lambda x, slope: (_sign(x, slope), slope),
+  lambda slope, g: (g * slope.astype(g.dtype), jnp.zeros_like(slope)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +104,8 @@ class Binary(Part):
   magnitude: int | None = None
   scale_in_grad: bool = True
 
+  stored = True
+
   def __call__(
     self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
   ) -> jax.Array:
@@ -99,24 +113,24 @@ class Binary(Part):
     signs = sign(a, self.slope)
     if self.magnitude is None:
       return signs
-    size = jax.lax.stop_gradient(jnp.abs(a).mean(self.magnitude, keepdims=True))
+    size = jax.lax.stop_gradient(mean(jnp.abs(a), self.magnitude))
     if self.scale_in_grad:
       return signs * size
-    return signs + jax.lax.stop_gradient(signs * size - signs)
+    return straight_through(signs, jax.lax.stop_gradient(signs * size))
 
   def kernel(self, theta: State, w: jax.Array) -> QTensor:
     """One bit a weight and a scale per output channel."""
     if self.magnitude not in (None, -2):
       raise ValueError(
-        "the magnitudes of a packed weight are those of its output channels, axis -2"
+        f"{self}: the magnitudes of a stored weight are those of its output channels, axis -2"
       )
-    size = jnp.ones((1, w.shape[1])) if self.magnitude is None else jnp.abs(w).mean(-2)[None]
-    return one_bit(w, size)
+    size = jnp.ones((1, w.shape[1])) if self.magnitude is None else mean(jnp.abs(w), -2)
+    return _one_bit(w, size)
 
 
-def one_bit(w: jax.Array, size: jax.Array) -> QTensor:
-  """Signs of w [K, N] times a size per output channel [1, N], packed."""
-  return pack(QTensor(jnp.where(w >= 0, 1.0, -1.0), size.astype(jnp.float32), fmt=BINARY, axis=-2))
+def _one_bit(w: jax.Array, size: jax.Array) -> QTensor:
+  """Signs of w [K, N] times a size per output channel [1, N]."""
+  return QTensor(jnp.where(w >= 0, 1.0, -1.0), size.astype(jnp.float32), fmt=BINARY, axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,33 +149,38 @@ class Bases(Part):
   order: int = 2
   slope: Slope = clip
 
+  stored = True
+
   def init(self, a: jax.Array) -> State:
     """Sizes [N] of each basis."""
     sizes, rest = {}, a
     for i in range(self.order):
-      sizes[f"size{i}"] = jnp.abs(rest).mean(-2)
-      rest = rest - sizes[f"size{i}"] * jnp.where(rest >= 0, 1.0, -1.0)
+      size = mean(jnp.abs(rest), -2)
+      sizes[f"size{i}"] = size[0]
+      rest = rest - size * jnp.where(rest >= 0, 1.0, -1.0)
     return sizes
 
-  def __call__(self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None) -> Sum:
-    """The bases as terms, like the packed weight has them."""
-    terms, rest = [], a
+  def _terms(self, theta: State, w: jax.Array) -> Iterator[Trained]:
+    rest = w
     for i in range(self.order):
-      terms.append(theta[f"size{i}"] * sign(rest, self.slope))
-      rest = rest - terms[-1]
-    return Sum(tuple(terms))
+      size = theta[f"size{i}"]
+      values = size * sign(rest, self.slope)
+      yield Trained(values, _one_bit(rest, size[None]))
+      rest = rest - values
+
+  def __call__(
+    self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
+  ) -> jax.Array:
+    """The sum of the bases."""
+    return sum(term.values for term in self._terms(theta, a))
+
+  def weight(self, theta: State, w: jax.Array, clock: jax.Array, key: jax.Array | None) -> Sum:
+    """The bases as terms."""
+    return Sum(tuple(self._terms(theta, w)))
 
   def kernel(self, theta: State, w: jax.Array) -> Sum:
     """One bit a weight and basis."""
-    terms, rest = [], w.astype(jnp.float32)
-    for i in range(self.order):
-      size = theta[f"size{i}"][None]
-      terms.append(one_bit(rest, size))
-      rest = rest - size * jnp.where(rest >= 0, 1.0, -1.0)
-    return Sum(tuple(terms))
-
-
-NINE_TERMS = fourier()
+    return Sum(tuple(term.stored for term in self._terms(theta, w)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,39 +188,56 @@ class Fourier(Part):
   """FDA's binarizer: sign(a) + c eta(a), c = (1 + cos(pi t / steps)) / 20, which fades to nothing.
 
   eta is a small network along K, fc(K -> K / 64), ReLU, fc(-> K), plus 0.1 sin(a); the sign's slope
-  is `fourier` (arXiv:2201.10938).
+  is `fourier`, whose terms grow from `first` to `last` (arXiv:2201.10938).
 
   Attributes:
-    slope: of the sign.
+    first: n of the slope at the beginning.
+    last: n at the end.
     steps: until eta is gone.
     magnitude: as of `Binary`, of the sum.
     axis: of K in the tensor, -2 for weights.
   """
 
-  slope: Slope = NINE_TERMS
+  first: int = 9
+  last: int = 18
   steps: int = 1000
   magnitude: int | None = None
   axis: int = -1
 
+  stored = True
+
   def init(self, a: jax.Array) -> State:
-    """Two small matrices."""
+    """Two small matrices: cosines, and zeros, so that eta starts as 0.1 sin(a)."""
     k = a.shape[self.axis]
     hidden = max(1, k // 64)
-    down = jax.random.normal(jax.random.key(0), (k, hidden)) / jnp.sqrt(k)
-    return {"down": down, "up": jnp.zeros((hidden, k))}
+    angles = jnp.pi * (jnp.arange(k)[:, None] + 0.5) * (jnp.arange(hidden) + 1) / k
+    return {"down": jnp.cos(angles) * jnp.sqrt(2 / k), "up": jnp.zeros((hidden, k))}
+
+  def _signs(self, a: jax.Array, clock: jax.Array) -> jax.Array:
+    n = self.first + (self.last - self.first) * jnp.minimum(clock / self.steps, 1.0)
+    return sign(a, lambda x: _series(x, n, self.last, 0.1)) * self._size(a)
+
+  def _eta(self, theta: State, a: jax.Array, clock: jax.Array) -> jax.Array:
+    along = jnp.moveaxis(a, self.axis, -1)
+    eta = jax.nn.relu(along @ theta["down"]) @ theta["up"]
+    fading = 0.05 * (1 + jnp.cos(jnp.pi * jnp.minimum(clock / self.steps, 1.0)))
+    return fading * (jnp.moveaxis(eta, -1, self.axis) + 0.1 * jnp.sin(a)) * self._size(a)
+
+  def _size(self, a: jax.Array) -> jax.Array | float:
+    if self.magnitude is None:
+      return 1.0
+    return jax.lax.stop_gradient(mean(jnp.abs(a), self.magnitude))
 
   def __call__(
     self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
   ) -> jax.Array:
     """The binarized tensor with what is left of eta."""
-    along = jnp.moveaxis(a, self.axis, -1)
-    eta = jax.nn.relu(along @ theta["down"]) @ theta["up"]
-    fading = 0.05 * (1 + jnp.cos(jnp.pi * jnp.minimum(clock / self.steps, 1.0)))
-    found = sign(a, self.slope) + fading * (jnp.moveaxis(eta, -1, self.axis) + 0.1 * jnp.sin(a))
-    if self.magnitude is None:
-      return found
-    return found * jax.lax.stop_gradient(jnp.abs(a).mean(self.magnitude, keepdims=True))
+    return self._signs(a, clock) + self._eta(theta, a, clock)
+
+  def weight(self, theta: State, w: jax.Array, clock: jax.Array, key: jax.Array | None) -> Sum:
+    """The signs as they are stored, and beside them what is left of eta."""
+    return Sum((Trained(self._signs(w, clock), self.kernel(theta, w)), self._eta(theta, w, clock)))
 
   def kernel(self, theta: State, w: jax.Array) -> QTensor:
     """The signs that are left at the end."""
-    return Binary(self.slope, self.magnitude).kernel(theta, w)
+    return Binary(magnitude=self.magnitude).kernel(theta, w)

@@ -2,18 +2,18 @@
 
     t = (a - beta) / s;   a^ = round(clip(t, lo, hi)) s + beta
 
-Gradients (arXiv:1902.08153, eqs. 3 and 5; LSQ+, arXiv:2004.09576): to `a` 1 inside the range and 0
-outside; to s round(t) - t inside, lo or hi outside; to beta 0 inside, 1 outside. The forward value
-is that of `encode` and `dequantize`, so a packed weight has the same bits.
+Gradients (arXiv:1902.08153, eqs. 3 and 5; LSQ+, arXiv:2004.09576): where lo < t < hi, to `a` 1, to
+s round(t) - t, to beta 0; elsewhere 0, lo or hi, and 1. The forward value is that of `encode` and
+`dequantize`, so a packed weight has the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.encoding import encode
 from jaxquant.estimators import straight_through
@@ -21,7 +21,7 @@ from jaxquant.formats import Format, int_grid, uint_grid
 from jaxquant.ops.tracked import State
 from jaxquant.quantizers.parts import Part
 from jaxquant.scales import Scales
-from jaxquant.tensor import QTensor, dequantize, pack
+from jaxquant.tensor import QTensor, dequantize, rounded
 
 SMALLEST = 1e-8  # a step that training drove to zero or below
 
@@ -32,17 +32,18 @@ def stepped(
   """The quantized values of a, differentiable in all three.
 
   Args:
-    a: [M, K] or [K, N].
+    a: float32 [M, K] or [K, N].
     step: positive, broadcasts against a.
     offset: likewise, or None.
     fmt: one scale per axis or tensor, as step has.
     axis: that blocks run along.
   """
+  q = encoded(*jax.lax.stop_gradient((a, step, offset)), fmt, axis)
   shift = 0.0 if offset is None else offset
-  inside = jnp.clip((a - shift) / step, fmt.elem.lo, fmt.elem.hi)
-  rounded = inside + jax.lax.stop_gradient(jnp.round(inside) - inside)
-  values = dequantize(encoded(a, step, offset, fmt, axis))
-  return straight_through(rounded * step + shift, jax.lax.stop_gradient(values))
+  # lax.clamp passes nothing at the bounds themselves, as the published formulas; jnp.clip half.
+  inside = jax.lax.clamp(np.float32(fmt.elem.lo), (a - shift) / step, np.float32(fmt.elem.hi))
+  codes = inside + jax.lax.stop_gradient(q.data - inside)
+  return straight_through(codes * step + shift, dequantize(q))
 
 
 def encoded(
@@ -57,16 +58,21 @@ def damped(p: jax.Array, factor: float) -> jax.Array:
   return straight_through(p * factor, jax.lax.stop_gradient(p))
 
 
+def positive(step: jax.Array) -> jax.Array:
+  """The step, or the smallest one where training drove it below; its gradient passes always."""
+  return straight_through(step, jax.lax.stop_gradient(jnp.maximum(step, SMALLEST)))
+
+
 @dataclasses.dataclass(frozen=True)
 class LsqWeight(Part):
   """A weight with a learned step and offset per output channel (LSQ+).
 
-  They start at the best of `grid` ranges shrunk towards the middle, by sum |w - w^|^p.
+  They start at the best of `grid` ranges, [min w, max w] times a factor, by sum |w - w^|^p.
 
   Attributes:
     bits: of the codes, unsigned with an offset.
     grid: ranges tried.
-    shrink: of the smallest range, 1 - shrink.
+    shrink: the factors run from 1 down to 1 - shrink.
     p: of the norm.
     damp: scale the gradients of step and offset by 1 / sqrt(K * hi).
   """
@@ -77,6 +83,8 @@ class LsqWeight(Part):
   p: float = 2.4
   damp: bool = True
 
+  stored = True
+
   @property
   def fmt(self) -> Format:
     """The format that `kernel` packs to."""
@@ -86,36 +94,26 @@ class LsqWeight(Part):
     """Step and offset [N] by the grid."""
     lo, hi = a.min(-2), a.max(-2)
 
-    def ranges(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-      keep = 1 - self.shrink * i / self.grid
-      return (hi - lo) * keep / self.fmt.elem.hi, lo * keep
+    def range_of(i: jax.Array) -> State:
+      keep = 1 - self.shrink * i / (self.grid - 1)
+      return {"step": (hi - lo) * keep / self.fmt.elem.hi, "offset": lo * keep}
 
     def error(i: jax.Array) -> jax.Array:
-      step, offset = ranges(i)
-      values = dequantize(encoded(a, self._step(step), offset[None], self.fmt, -2))
-      return (jnp.abs(values - a) ** self.p).sum(-2)
+      return (jnp.abs(dequantize(self.kernel(range_of(i), a)) - a) ** self.p).sum(-2)
 
-    best = jnp.argmin(jax.lax.map(error, jnp.arange(self.grid)), 0)
-    step, offset = ranges(best)
-    return {"step": step, "offset": offset}
-
-  @staticmethod
-  def _step(step: jax.Array) -> jax.Array:
-    return jnp.maximum(step, SMALLEST)[None]
+    return range_of(jnp.argmin(jax.lax.map(error, jnp.arange(self.grid)), 0))
 
   def __call__(
     self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
   ) -> jax.Array:
     """The quantized weight, float32 [K, N]."""
-    slow = functools.partial(damped, factor=(a.shape[0] * self.fmt.elem.hi) ** -0.5)
-    slow = slow if self.damp else lambda p: p
-    step, offset = self._step(slow(theta["step"])), slow(theta["offset"])[None]
-    return stepped(a.astype(jnp.float32), step, offset, self.fmt, -2)
+    factor = (a.shape[0] * self.fmt.elem.hi) ** -0.5 if self.damp else 1.0
+    step, offset = damped(theta["step"], factor), damped(theta["offset"], factor)
+    return stepped(a, positive(step)[None], offset[None], self.fmt, -2)
 
   def kernel(self, theta: State, w: jax.Array) -> QTensor:
-    """The packed weight."""
-    step, offset = self._step(theta["step"]), theta["offset"][None]
-    return pack(encoded(w.astype(jnp.float32), step, offset, self.fmt, -2))
+    """The codes, with the same steps and offsets."""
+    return encoded(w, positive(theta["step"])[None], theta["offset"][None], self.fmt, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +128,8 @@ class LsqInput(Part):
 
   @property
   def fmt(self) -> Format:
-    """Signed integers, one scale."""
-    return Format(int_grid(self.bits), None, None)
+    """Signed integers from -2^(b - 1) on, one scale."""
+    return Format(int_grid(self.bits, full=True), None, None)
 
   def init(self, a: jax.Array) -> State:
     """The step, a scalar."""
@@ -141,9 +139,8 @@ class LsqInput(Part):
     self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
   ) -> jax.Array:
     """The quantized inputs, float32 [M, K]."""
-    step = damped(theta["step"], (a.size * self.fmt.elem.hi) ** -0.5)
-    step = jnp.maximum(step, SMALLEST).reshape(1, 1)
-    return stepped(a.astype(jnp.float32), step, None, self.fmt, -1)
+    step = positive(damped(theta["step"], (a.size * self.fmt.elem.hi) ** -0.5))
+    return stepped(a, step.reshape(1, 1), None, self.fmt, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +172,8 @@ class TokenRange(Part):
     self, theta: State, a: jax.Array, clock: jax.Array, key: jax.Array | None
   ) -> jax.Array:
     """The quantized inputs, float32 [M, K]; the range itself passes no gradient to x."""
-    a = a.astype(jnp.float32)
     lo, hi = jax.lax.stop_gradient((a.min(-1, keepdims=True), a.max(-1, keepdims=True)))
-    lo = jnp.minimum(lo, 0) * jax.nn.sigmoid(theta["clip_lo"])
-    hi = jnp.maximum(hi, 0) * jax.nn.sigmoid(theta["clip_up"])
-    step = jnp.maximum((hi - lo) / self.fmt.elem.hi, SMALLEST)
+    lo = rounded(jnp.minimum(lo, 0) * jax.nn.sigmoid(theta["clip_lo"]))
+    hi = rounded(jnp.maximum(hi, 0) * jax.nn.sigmoid(theta["clip_up"]))
+    step = positive((hi - lo) / self.fmt.elem.hi)
     return stepped(a, step, lo, self.fmt, -1)

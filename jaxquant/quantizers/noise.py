@@ -32,9 +32,9 @@ class GaussianNoise(Part):
   """GaussWS: w^ = cast(w + R max_block |w| 2^(1 - b_t)), R fresh at each step.
 
   b_t = b_target + b (b_init - b_target), with a b per block that starts at 1 and is trained; weight
-  decay pulls it to 0, the target (arXiv:2505.11170; formulas partly from its abstract and reviews).
-  The gradient to w is 1, that to b flows through 2^(1 - b_t). The noise is made again in the
-  backward pass instead of being kept.
+  decay pulls it to 0, the target (arXiv:2505.11170, of which the abstract and reviews could be
+  read; the rest is recalled). The gradient to w is 1, that to b flows through 2^(1 - b_t). The
+  noise is made again in the backward pass instead of being kept. The trained weights stay in float.
 
   Attributes:
     start: b_init.
