@@ -1,7 +1,7 @@
 """Compares recipes on a model and writes one self-contained HTML file.
 
   python -m jaxquant.apps.report --recipes w8a8_int8,w4a16_gptq,nvfp4 --out out/report.html
-  python -m jaxquant.apps.report --workdir out/stdlib_lm         # with the loss curves of training
+  python -m jaxquant.apps.report --workdir out/stdlib_lm         # with curves and taps of training
 
 It holds the table of `jaxquant.apps.evaluate`, KL against bits, bits and error of every site,
 samples decoded from packed weights, and what one needs to repeat it.
@@ -22,7 +22,7 @@ import jaxquant as jq
 from jaxquant import data
 from jaxquant.apps import command, evaluate
 from jaxquant.apps.decode import PROMPT, generate
-from jaxquant.diagnostics import Plot, Sample, Section, Table, page, plots
+from jaxquant.diagnostics import History, Plot, Sample, Section, Table, dynamics, page, plots
 from jaxquant.models.stored import Stored, digest
 from jaxquant.recipes import RECIPES, by_name
 
@@ -35,7 +35,7 @@ _RECIPES = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Of a training run, for its loss curves.", flag_values=FLAGS
+  "workdir", None, "Of a training run, for its loss curves and taps.", flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string("out", "out/report.html", "The file to write.", flag_values=FLAGS)
 _BATCHES = flags.DEFINE_integer(
@@ -152,7 +152,10 @@ def write(source: Stored, names: Sequence[str], out: pathlib.Path, argv: Sequenc
   decoded = samples(texts, _PROMPT.value, _TEMPERATURE.value)
   sections = [results(rows, table), sites(rows), decoded]
   if _WORKDIR.value:
-    sections.append(training(pathlib.Path(_WORKDIR.value)))
+    workdir = pathlib.Path(_WORKDIR.value)
+    sections.append(training(workdir))
+    if len(history := History(workdir)):
+      sections.append(dynamics.section(history))
   lead = (
     f"{len(packed)} of {len(RECIPES)} recipes on {source.about.get('name', _MODEL.value)}, "
     "evaluated and decoded from packed weights."

@@ -51,9 +51,15 @@ def palette(names: Sequence[str]) -> dict[str, str]:
 
 def styled(width: float, height: float) -> tuple[Figure, Axes]:
   """An empty figure of this size in inches, in the style of the report."""
+  figure, grid = styled_grid(width, height, 1, 1)
+  return figure, grid[0, 0]
+
+
+def styled_grid(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+  """The same with a grid of axes, [rows, columns]."""
   with mpl.rc_context(_STYLE):
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def to_svg(figure: Figure) -> str:

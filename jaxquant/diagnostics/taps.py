@@ -38,7 +38,7 @@ from jaxquant.sites import flat_params
 
 Measures = Callable[[jax.Array], Measured]
 Rules = tuple[tuple[str, Measures | None], ...]
-Loss = Callable[[object, jax.Array, dict], jax.Array]  # (params, batch, rngs) -> scalar
+Loss = Callable[[dict, object, dict], jax.Array]  # (variables, batch, rngs) -> scalar
 
 OUTLIERS: Rules = ((".*/[xwg]", outliers),)  # every input, weight, gradient and residual stream
 SPECTRA: Rules = (("(embed|head)/w|.*attn_norm/x|final_norm/x", spectral),)
@@ -48,8 +48,8 @@ GATES: Rules = ((".*/gk.*/y", gate_range),)  # of models with gated linear atten
 def next_token_loss(apply: Callable) -> Loss:
   """The mean cross entropy of a model of tokens, batch int32 [B, T+1]."""
 
-  def loss(params: object, batch: jax.Array, rngs: dict) -> jax.Array:
-    logits = apply({"params": params}, batch[:, :-1], rngs=rngs)
+  def loss(variables: dict, batch: jax.Array, rngs: dict) -> jax.Array:
+    logits = apply(variables, batch[:, :-1], rngs=rngs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
   return loss
@@ -79,7 +79,7 @@ def taps(
   Example:
     >>> model, x = nn.Dense(1, use_bias=False), jnp.ones((4, 2))
     >>> rules = (("x|g", lambda a: {"sum": a.sum()}),)
-    >>> loss_of = lambda apply: lambda params, x, _: apply({"params": params}, x).sum()
+    >>> loss_of = lambda apply: lambda variables, x, _: apply(variables, x).sum()
     >>> measure = taps(model, Recipe(), rules, loss_of)
     >>> found = jax.jit(measure)(model.init(jax.random.key(0), x), x, {})
     >>> {point: values["sum"].tolist() for point, values in found.items()}
@@ -94,13 +94,12 @@ def taps(
       state: list[dict] = []
 
       def apply(given: dict, *args: object, **kwargs: object) -> object:
-        every = {**variables, **given, "taps": probes}
         with intercepted(recipe, visit), nn.intercept_methods(visit.norms):
-          out, new = model.apply(every, *args, mutable=mutable, **kwargs)
+          out, new = model.apply({**given, "taps": probes}, *args, mutable=mutable, **kwargs)
         state.append(new.get("taps", {}))
         return out
 
-      return loss_of(apply)(variables["params"], batch, rngs), state[-1]
+      return loss_of(apply)(variables, batch, rngs), state[-1]
 
     _, found = jax.eval_shape(loss, {})
     visit.check(found)
@@ -122,7 +121,8 @@ class _Visit:
   """The visit of `intercepted` that measures; it also remembers which points it met."""
 
   def __init__(self, rules: Rules):
-    self.rules = rules
+    # Under jit, tensors of one shape share a trace, which halves the time that traces take.
+    self.rules = tuple((pattern, None if of is None else jax.jit(of)) for pattern, of in rules)
     self.met: dict[str, bool] = {}  # point -> whether it is measured
     self.ranks: dict[tuple[str, str], int] = {}  # (point, measure) -> axes in one layer
 
