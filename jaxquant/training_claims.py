@@ -14,7 +14,11 @@ FLOAT = "f32"
 EIGHT_BITS = ("mxint8", "mxfp8")
 NVFP4 = ("nvfp4", "quartet2")
 MXFP4 = ("quartet", "mxfp4")
-ORDERED = (FLOAT, *EIGHT_BITS, "w8a8_int8", *NVFP4, "chon", *MXFP4, "mxint4")
+CHON = ("chon", "chon_unpatched")
+ORDERED = (FLOAT, *EIGHT_BITS, "w8a8_int8", *NVFP4, *CHON, *MXFP4, "mxint4")
+VARIANTS = {  # name: (row of the systems table, its knobs)
+  "chon_unpatched": ("chon", {"patch_x": False, "patch_w": False}),
+}
 MOST = 1.03  # of the float loss, for every recipe but MXINT4
 
 
@@ -69,6 +73,7 @@ _BOUND = tuple(
 )
 _REPORTED = (
   Claim("CHON < NVFP4", ("chon",), ("nvfp4",), judged=False),
+  Claim("CHON < CHON without its patch", ("chon",), ("chon_unpatched",), judged=False),
   Claim("Quartet < MXFP4", ("quartet",), ("mxfp4",), judged=False),
   Claim("Quartet II < NVFP4", ("quartet2",), ("nvfp4",), judged=False),
 )

@@ -35,8 +35,8 @@ from jaxquant.apps.results import Results, fingerprint
 from jaxquant.gates import outliers
 from jaxquant.models.architectures import ARCHITECTURES, build
 from jaxquant.paired import Gap, paired_gap
-from jaxquant.recipes import RECIPES, by_name
-from jaxquant.training_claims import CLAIMS, FLOAT, ORDERED, Claim
+from jaxquant.recipes import RECIPES
+from jaxquant.training_claims import CLAIMS, FLOAT, ORDERED, VARIANTS, Claim
 
 FLAGS = flags.FlagValues()
 _RECIPES = flags.DEFINE_list("recipes", [], "Only these; default: all.", flag_values=FLAGS)
@@ -69,7 +69,7 @@ class Arm:
   recipes: tuple[str, ...] | None = None
 
 
-PATCHED = ("nvfp4", "chon", "quartet", "quartet2", "mxfp4", "mxint4", "mxfp8")
+PATCHED = ("nvfp4", "chon", "chon_unpatched", "quartet", "quartet2", "mxfp4", "mxint4", "mxfp8")
 ARMS = {
   "softmax": Arm("softmax attention"),
   "gla": Arm("gated linear attention", "gla"),
@@ -78,7 +78,10 @@ ARMS = {
 SHAPE = {
   "vocab": 256, "d_model": 128, "n_layers": 2, "n_heads": 4, "d_ff": 320, "max_len": 128,
 }  # fmt: skip
-OF_SOFTMAX = {"n_kv_heads": 4, "head_dim": 32}
+MIXERS = {
+  "transformer": {"n_kv_heads": 4, "head_dim": 32},
+  "gla": {"key_dim": 16, "value_dim": 32, "gate_rank": 16},
+}
 BATCH, SEQ, HELD_OUT = 8, 128, 40  # rows, tokens, batches
 LAST = 100  # updates whose training losses are compared
 
@@ -102,8 +105,7 @@ class Plan:
 
 def model_of(arm: Arm, plan: Plan) -> nn.Module:
   """The module of an arm."""
-  own = OF_SOFTMAX if arm.architecture == "transformer" else {}
-  return build(arm.architecture, {**plan.shape, **own})
+  return build(arm.architecture, {**plan.shape, **MIXERS[arm.architecture]})
 
 
 def held(apply: Callable, model: nn.Module, factor: float | None) -> Callable:
@@ -125,7 +127,7 @@ class Trainer:
   def __init__(self, arm: Arm, name: str, plan: Plan, corpus: data.Corpus):
     """Compiles nothing yet."""
     self._plan, self._corpus = plan, corpus
-    self._model, self._recipe = model_of(arm, plan), recipe_of(name)
+    self._model, self._recipe = model_of(arm, plan), recipe_of(arm, name)
     apply = self._model.apply
     if self._recipe is not None:
       apply = jq.quantized(self._model, self._recipe)
@@ -162,14 +164,19 @@ class Trainer:
     }
 
 
-def recipe_of(name: str) -> jq.Recipe | None:
-  """None for float32."""
-  return None if name == FLOAT else by_name(name)
+def recipe_of(arm: Arm, name: str) -> jq.Recipe | None:
+  """The recipe of a name on an arm; None for float32."""
+  if name == FLOAT:
+    return None
+  row, options = VARIANTS.get(name, (name, {}))
+  if row == "chon" and arm.architecture == "gla":
+    options = {**options, "attention": "gla"}
+  return RECIPES[row].make(**options)
 
 
 def key_of(arm: Arm, name: str, plan: Plan, seed: int, corpus: str) -> dict:
   """What a run is determined by."""
-  recipe = fingerprint(recipe_of(name))
+  recipe = fingerprint(recipe_of(arm, name))
   own = {"architecture": arm.architecture, "factor": arm.factor, "shape": dict(plan.shape)}
   sizes = {"steps": plan.steps, "held_out": plan.held_out, "seed": seed, "corpus": corpus[:12]}
   return {"name": name, "recipe": recipe, **own, **sizes}
@@ -177,7 +184,8 @@ def key_of(arm: Arm, name: str, plan: Plan, seed: int, corpus: str) -> dict:
 
 def runs(arm: Arm, plan: Plan) -> list[str]:
   """Names of the recipes of an arm that exist here, float first."""
-  return [n for n in arm.recipes or ORDERED if n == FLOAT or n in RECIPES]
+  row = lambda name: VARIANTS.get(name, (name,))[0]
+  return [n for n in arm.recipes or ORDERED if n == FLOAT or row(n) in RECIPES]
 
 
 Found = dict[str, dict[int, dict]]  # recipe -> seed -> what a run gave
