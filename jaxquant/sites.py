@@ -143,12 +143,17 @@ def sites(model: nn.Module, variables: object, *args: object, recipe: Recipe) ->
     del module
     uses = seen.setdefault(one.path, [])
     if one.call.kind not in [u.call.kind for u in uses]:
-      uses.append(one)
+      uses.append(dataclasses.replace(one, rule=recipe.rule(one.path)))
 
   def trace(variables: object, *args: object) -> object:
-    with intercepted(recipe, visit):
+    # What is asked before a run has no state yet; shapes do not depend on it.
+    with intercepted(recipe.replace(rules=stateless), visit):
       return model.apply(variables, *args, rngs={"sr": jax.random.key(0)})
 
+  stateless = tuple(
+    (pattern, dataclasses.replace(rule.without_state(), learned=None))
+    for pattern, rule in recipe.rules
+  )
   jax.eval_shape(trace, variables, *args)
   flat = flat_params(variables)
   found = tuple(_site(path, uses, flat, recipe) for path, uses in seen.items())

@@ -13,7 +13,6 @@ takes over all devices.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -208,13 +207,8 @@ def _renewed(recipe: Recipe, due: tuple[str, ...], quant: Tree) -> Tree:
 
 def without_state(recipe: Recipe) -> Recipe:
   """The recipe with current scales for delayed ones and no patch: for packed weights."""
-
-  def plain(rule: Rule) -> Rule:
-    delayed = [name for name in rule.tracked if name != "patch"]
-    operands = {n: dataclasses.replace(rule.operands[n], scales=None) for n in delayed}
-    return dataclasses.replace(rule, patch=None, **operands)
-
-  return recipe.replace(rules=tuple((pattern, plain(rule)) for pattern, rule in recipe.rules))
+  rules = tuple((pattern, rule.without_state()) for pattern, rule in recipe.rules)
+  return recipe.replace(rules=rules)
 
 
 def value_and_grad(

@@ -19,11 +19,23 @@ BATCHES, NEW_TOKENS = 1, 8
 """
 
 
-def executed(name):
+FEW_STEPS = """
+STEPS, EVERY, BATCH, LENGTH = 4, 2, 2, 32
+WATCHED = (*SPECTRA[:1], *GATES, (".*mlp/(up|down)/[xwg]", OUTLIERS[0][1]))
+common = {"d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_len": LENGTH}
+models = {
+  "softmax": Transformer(TransformerShape(n_kv_heads=2, head_dim=32, **common)),
+  "gla": GLA(GLAShape(key_dim=16, value_dim=32, **common)),
+}
+COMPARED = ["softmax"]
+"""
+
+
+def executed(name, small=SMALL):
   notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
   parameters = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
   assert len(parameters) == 1
-  parameters[0].source = SMALL
+  parameters[0].source = small
   client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
   manager = client.create_kernel_manager()
   manager.kernel_spec.argv[0] = sys.executable  # this very environment, whatever is registered
@@ -54,6 +66,22 @@ def test_new_paper():
   assert len(bits) == 4
   assert len(set(bits.values())) == 1  # what it is compared with costs the same
   assert "image/svg+xml" in [kind for o in outputs for kind in o.get("data", {})]
+
+
+def test_outliers():
+  text, outputs = printed(executed("03_outliers.ipynb", FEW_STEPS))
+  found = {
+    n: float(e) for n, e in re.findall(r"^(no patch|K \+ 2?k, k = +\d+) +(\d\.\d+)", text, re.M)
+  }
+  assert abs(found["K + k, k = 32"] / found["no patch"] - 1) < 0.01  # repairs nothing
+  errors = [found[f"K + 2k, k = {k:3}"] for k in (16, 32, 64)]
+  assert errors == sorted(errors, reverse=True)
+  assert errors[1] < 0.75 * found["no patch"]
+  assert "softmax  2 rows" in text
+  assert "gla      2 rows" in text
+  assert len(re.findall(r"gap [+-]0\.\d+ \+- \d", text)) == 2
+  kinds = [kind for o in outputs for kind in o.get("data", {})]
+  assert kinds.count("image/svg+xml") == 6
 
 
 def test_a_system_takes_less_than_40_lines():

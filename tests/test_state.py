@@ -221,3 +221,12 @@ def test_packed_weights_need_no_state():
     jq.quantized(model, patched())(
       packed | {"quant": jq.init_quant(model, variables, patched(), TOKENS)}, TOKENS
     )
+
+
+def test_sites_shows_a_recipe_before_there_is_state():
+  model = Transformer(SHAPE)
+  variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+  for make in RECIPES.values():
+    recipe = make()
+    site = jq.sites(model, variables, TOKENS, recipe=recipe)["layers/mlp/down"]
+    assert site.rule == recipe.rule("layers/mlp/down")

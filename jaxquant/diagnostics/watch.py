@@ -1,6 +1,6 @@
 """Watching a training run: what `taps` measures every n steps, kept on disk beside the metrics.
 
-    watch = Watch(model, recipe, every=100, rules=OUTLIERS + SPECTRA)
+    watch = Watch(model, recipe, every=100, rules=SPECTRA + OUTLIERS)
     history = History(workdir, start=int(state.step))  # drops what a killed run logged after it
     ...
     row = watch(step, {"params": state.params}, batch, {"sr": key})

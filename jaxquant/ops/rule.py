@@ -158,6 +158,12 @@ class Rule:
     """Whether a site of this rule needs an entry in the collection "quant"."""
     return bool(self.tracked) or self.learned is not None
 
+  def without_state(self) -> Rule:
+    """The rule with current scales for delayed ones, and no patch."""
+    delayed = [name for name in self.tracked if name != "patch"]
+    current = {n: dataclasses.replace(self.operands[n], scales=None) for n in delayed}
+    return dataclasses.replace(self, patch=None, **current)
+
   @property
   def needs_key(self) -> bool:
     """Whether anything in it is random."""
