@@ -351,13 +351,13 @@ def explain_site(seen: Seen) -> str:
   if seen.call.lookup:
     return "lookup: columns are decoded one by one"
   x = jax.ShapeDtypeStruct(seen.call.x.shape[-2:], seen.call.x.dtype)
-  key = jax.random.key(0)
+  key, rule = jax.random.key(0), seen.rule.without_state()  # the path does not depend on it
   encode = lambda a, operand, axis: jax.eval_shape(
     lambda a: quantize_operand(a, operand, axis, key), a
   )
   if is_node(seen.kernel) and not isinstance(seen.kernel, QTensor):
     return f"{type(seen.kernel).__name__}: term by term"
-  lhs = encode(x, seen.rule.x, -1)
+  lhs = encode(x, rule.x, -1)
   if isinstance(seen.kernel, QTensor):
     kernel = seen.kernel
     for _ in range(kernel.ndim - 2):
@@ -365,4 +365,4 @@ def explain_site(seen: Seen) -> str:
     return explain(lhs, kernel)
   w = jax.eval_shape(seen.call.canonical, seen.kernel)
   w = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
-  return explain(lhs, encode(w, seen.rule.w, -2))
+  return explain(lhs, encode(w, rule.w, -2))

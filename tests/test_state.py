@@ -15,8 +15,7 @@ import jaxquant as jq
 from jaxquant import state as quant_state
 from jaxquant import training
 from jaxquant.formats import E4M3_TENSOR, E5M2_TENSOR, NVFP4, NVFP4_2D
-from jaxquant.models import Transformer, TransformerShape
-from jaxquant.models.transformer import unstack_layers
+from jaxquant.models import Transformer, TransformerShape, unstack_layers
 from jaxquant.ops.qdot import Operand, Rule
 from jaxquant.ops.tracked import Delayed, HotChannels, Learned
 from jaxquant.recipe import Recipe
