@@ -21,9 +21,9 @@ HERE = ("element_tables", "element_rounding", "stochastic_rounding", "block_vect
 HERE += ("edge_vectors", "scale_rule_comparison")
 ELSEWHERE = {
   "rht": "tests of transforms",
-  "ms_eden": "tests of the Quartet II recipe",
+  "ms_eden": "tests/test_eden.py",
   "db_llm_fdb": "tests of the DB-LLM recipe",
-  "delayed_scaling": "tests of delayed fp8 scaling",
+  "delayed_scaling": "tests/recipes/test_training_recipes.py",
   "apollo_step1": "tests of the APOLLO optimizer",
 }
 INT8_X = F.Format(F.int_grid(8), 32, scale=F.E8M0)  # integer codes; MXINT8 has fixed point
