@@ -16,12 +16,21 @@ from jaxquant.diagnostics.html import Plot, Section, Table
 from jaxquant.diagnostics.measures import jaccard
 from jaxquant.diagnostics.watch import History
 
-OPERANDS = {"x": "inputs", "w": "weights", "g": "output gradients", "softmax": "attention"}
+OPERANDS = {
+  "x": "inputs",
+  "w": "weights",
+  "g": "output gradients",
+  "y": "gates",
+  "softmax": "attention",
+  "swiglu": "SwiGLUs",
+}
 MAPS = {  # measure: (label, the operands it is drawn for)
   "kurtosis": ("excess kurtosis", ("x", "w", "g", "softmax")),
   "crest_p99": ("crest factor of blocks, 99th percentile", ("x", "w", "g")),
   "flushed": ("share flushed to zero", ("x", "w", "g")),
-  "entropy": ("entropy of attention, nats", ("softmax",)),
+  "entropy": ("entropy in nats", ("softmax",)),
+  "gate_min": ("smallest logit", ("y",)),
+  "alignment_p99": ("cosine of gate and up, 99th percentile", ("swiglu",)),
   "stable_rank": ("stable rank", ("x", "w")),
   "fidelity": ("spectral fidelity", ("x", "w")),
 }

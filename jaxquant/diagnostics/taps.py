@@ -42,7 +42,7 @@ Loss = Callable[[dict, object, dict], jax.Array]  # (variables, batch, rngs) -> 
 
 OUTLIERS: Rules = ((".*/[xwg]", outliers),)  # every input, weight, gradient and residual stream
 SPECTRA: Rules = (("(embed|head)/w|.*attn_norm/x|final_norm/x", spectral),)
-GATES: Rules = ((".*/gk.*/y", gate_range),)  # of models with gated linear attention
+GATES: Rules = ((".*/gk(/up)?/y", gate_range),)  # of models with gated linear attention
 
 
 def next_token_loss(apply: Callable) -> Loss:

@@ -12,8 +12,15 @@ import scipy.stats
 
 import jaxquant as jq
 from jaxquant import training
-from jaxquant.diagnostics import OUTLIERS, SPECTRA, taps
-from jaxquant.models import Transformer, TransformerShape, transformer, unstack_layers
+from jaxquant.diagnostics import GATES, OUTLIERS, SPECTRA, taps
+from jaxquant.models import (
+  GLA,
+  GLAShape,
+  Transformer,
+  TransformerShape,
+  transformer,
+  unstack_layers,
+)
 from jaxquant.models.softmax_taps import softmax_measures
 from jaxquant.ops.attention import attend
 from jaxquant.statistics import attention_probabilities
@@ -251,3 +258,17 @@ def test_the_default_rules_meet_a_model(variables, batch):
   found = jax.eval_shape(taps(make(), FLOAT, OUTLIERS), variables, batch, {})
   assert found["layers/mlp/down/g"]["hot"].shape == (2, 16)
   assert found["head/x"]["kurtosis"].shape == (1,)
+
+
+def test_gates_of_linear_attention_are_a_point(batch):
+  model = GLA(
+    GLAShape(
+      vocab=19, d_model=16, n_layers=2, n_heads=2, key_dim=4, value_dim=4, gate_rank=4, d_ff=24,
+      max_len=8,
+    )
+  )  # fmt: skip
+  variables = jax.eval_shape(model.init, jax.random.key(0), batch[:, :-1])
+  found = jax.eval_shape(taps(model, FLOAT, GATES + OUTLIERS), variables, batch, {})
+  gates = {p: set(v) for p, v in found.items() if p.endswith("/y")}
+  assert gates == {"layers/attn/gk/up/y": {"gate_min", "gate_p50", "gate_max"}}
+  assert found["layers/attn/o/g"]["flushed"].shape == (2,)

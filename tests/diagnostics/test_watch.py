@@ -97,7 +97,7 @@ def test_the_section_shows_all_of_it(history, tmp_path):
   html = page("Run", "x", [section], {})
   for text in (
     "layers/mlp/down/x", "Excess kurtosis of inputs", "Share flushed to zero of inputs",
-    "Entropy of attention", "overlap with the row before", "foretells", "where they change",
+    "Entropy in nats of attention", "overlap with the row before", "foretells", "where they change",
     "Spectrum of embed/w: 60% of it below the edge. More than half: an alarm.", "stable rank",
   ):  # fmt: skip
     assert text in html, text
