@@ -32,7 +32,7 @@ LAYERS = {
   "models": 8, "data": 8, "training": 8, "decode": 8, "evaluation": 8, "metrics": 8,
   "acceptance": 8,
   "gates": 8, "transform_gates": 8, "learned_gates": 8,
-  "pod": 8, "aot": 8,
+  "pod": 8, "aot": 8, "design_space": 8,
   "spikes": 8, "paired": 8, "training_claims": 8,
   "apps": 9,
 }  # fmt: skip

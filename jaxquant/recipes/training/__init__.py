@@ -1,6 +1,7 @@
 """Training in low precision: the six operands of every matmul."""
 
 from jaxquant.recipes.training.chon import chon
+from jaxquant.recipes.training.fp4_space import fp4_space
 from jaxquant.recipes.training.fp8 import fp8
 from jaxquant.recipes.training.fp8_blocks import fp8_blocks
 from jaxquant.recipes.training.int8 import w8a8_int8
@@ -16,6 +17,7 @@ from jaxquant.recipes.training.switchback import switchback
 
 __all__ = [
   "chon",
+  "fp4_space",
   "fp8",
   "fp8_blocks",
   "int_vs_fp",
