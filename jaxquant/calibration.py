@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.calibration_checks import HEALTH, checked
+from jaxquant.graph import graph_of
 from jaxquant.intercept import collect_each, rotated
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site
@@ -72,6 +73,22 @@ def size_of(site: Site, statistic: Statistic) -> int:
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
+def by_input(model: nn.Module, group: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+  """The sites of a group, those together that read the same x in the same basis.
+
+  The model's graph says so (readers of one norm: q, k and v; gate and up); without one, and for
+  kernels of other experts or channels, each site is alone.
+  """
+  known = graph_of.dispatch(type(model)) is not graph_of.dispatch(object)
+  norms = graph_of(model).norms if known else ()
+  source = {reader.site: norm.site for norm in norms for reader in norm.readers}
+  found: dict[tuple, list[Site]] = {}
+  for site in group:
+    seen_as = (source.get(site.path, site.path), site.rule.x.rotation, site.stack, site.shape[:-1])
+    found.setdefault(seen_as, []).append(site)
+  return tuple(map(tuple, found.values()))
+
+
 def requests(recipe: Recipe, group: Sequence[Site]) -> dict[str, tuple[Statistic, ...]]:
   """What a recipe wants to know of some sites: {path: (HEALTH, its statistic)}.
 
@@ -104,15 +121,16 @@ def calibrate(
     find: where statistics come from, if not from `gather`.
 
   Returns:
-    {path: statistic}, stacked over the layers of a scanned site, as `checked` returns it; None for
-    a recipe without statistic.
+    {path: statistic}, stacked over the layers of a scanned site, as `checked` returns it, one
+    object for all sites that read the same x; None for a recipe without statistic.
 
   Raises:
     ValueError: for inputs that are not finite or all zero, naming the site.
   """
   if recipe.statistic is None:
     return {site.path: None for site in group}
-  wanted = requests(recipe, group)
+  together = by_input(model, group)
+  wanted = requests(recipe, [first for first, *_ in together])
   if find is None:
     found = gather(model, variables, batches, wanted, running=running)
   else:
@@ -123,7 +141,11 @@ def calibrate(
     finite = (bool(run(variables, batch)[path][0].finite.all()) for batch in batches)
     return next((f" (first in batch {i})" for i, good in enumerate(finite) if not good), "")
 
-  return {site.path: checked(site, found.pop(site.path, None), recipe, blame) for site in group}
+  values = {}
+  for first, *others in together:
+    value = checked(first, found.pop(first.path, None), recipe, blame)
+    values |= {site.path: value for site in (first, *others)}
+  return values
 
 
 def gather(

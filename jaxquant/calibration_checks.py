@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site
-from jaxquant.solvers.cholesky import dead_channels, inverse_cholesky
+from jaxquant.solvers.cholesky import dead_channels, pivots
 from jaxquant.statistics import Statistic, Tree
 
 LEAST, MOST = 1e-6, 10.0  # dampings that `least_damping` tries, in steps of ten
@@ -185,8 +185,7 @@ def least_damping(hessian: jax.Array) -> jax.Array:
   floor = np.sqrt(k) * np.finfo(np.float32).eps * jnp.diagonal(h)
 
   def usable(damp: jax.Array) -> jax.Array:
-    inverse = inverse_cholesky(h + damp * jnp.eye(k))
-    return (jnp.diagonal(inverse) ** -2 > floor).all()  # false for NaN
+    return (pivots(h + damp * jnp.eye(k)) ** 2 > floor).all()  # false for NaN
 
   def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     damp = jnp.where(state[0] == 0, LEAST, state[0] * 10)

@@ -23,7 +23,7 @@ from jaxquant.recipe import Recipe
 from jaxquant.sites import flat_params
 from jaxquant.statistics import Statistic, Tree
 
-STATISTICS_BYTES = 2**28  # held at a time, as in `quantize_params`
+STATISTICS_BYTES = 2**26  # held at a time, as in `quantize_params`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,8 @@ def statistics(
   if not context.batches:
     raise ValueError(f"{context.recipe.name}: its step {name} calibrates: pass batches")
   run = _collector(context.model, statistic, frozenset(sites))
-  combine = lambda a, b: {path: statistic.combine(a[path], b[path]) for path in a}
-  partial = functools.reduce(combine, (run(variables, batch) for batch in context.batches))
+  batches = (run(variables, batch) for batch in context.batches)
+  partial = functools.reduce(_combine(statistic), batches)
   found = {path: statistic.finish(value) for path, value in partial.items()}
   for path, value in found.items():
     if not finite(value):
@@ -164,6 +164,12 @@ def statistics(
 @functools.lru_cache(maxsize=64)
 def _collector(model: nn.Module, statistic: Statistic, sites: frozenset[str]):
   return jax.jit(collect(model, Recipe(), statistic, sites))
+
+
+@functools.lru_cache(maxsize=64)
+def _combine(statistic: Statistic):
+  combine = lambda a, b: {path: statistic.combine(a[path], b[path]) for path in a}
+  return jax.jit(combine, donate_argnums=0)
 
 
 def _check_finite(step: Step, variables: dict) -> None:

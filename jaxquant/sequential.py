@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxquant.calibration import IN_FLOAT, Wanted, accumulate, calibrate, groups, requests
+from jaxquant.calibration import IN_FLOAT, Asked, by_input, calibrate, groups, requests
 from jaxquant.calibration_checks import checked
 from jaxquant.intercept import intercepted, observer
 from jaxquant.kernels import is_node
@@ -72,16 +72,15 @@ def solve_in_order(
     return {**packed, "params": unflatten_dict(flat)}
 
   packed = solve_outside(variables, [s for s in outside if s.path in early])
-  run = _Run(blocks, recipe, running, statistics_bytes)
+  run = _Run(model, blocks, recipe, running, statistics_bytes)
   mine = {name: _inside(table.quantized(), within, name, blocks) for name in set(blocks.names)}
   hidden = [run.begin(variables if in_float else packed, batch) for batch in batches]
   solved: dict[str, list] = {name: [] for name in blocks.names}
   for i, name in enumerate(blocks.names):
-    before = blocks.take(variables["params"], i)
-    after = run.solve(i, before, mine[name], hidden, done)
+    after = run.solve(i, blocks.take(variables["params"], i), mine[name], hidden, done)
     solved[name].append({keys: a for keys, a in _flat(after).items() if keys in mine[name]})
-    for at, h in enumerate(hidden):
-      hidden[at] = run.advance(name, before if in_float else after, h)
+    if not (in_float and mine[name]):  # else they moved on while statistics were collected
+      hidden[:] = [run.advance(name, after, h) for h in hidden]
   params = {**packed["params"], **_joined(variables["params"], solved, blocks)}
   return solve_outside({**packed, "params": params}, [s for s in outside if s.path not in early])
 
@@ -126,11 +125,14 @@ def _flat(params: dict) -> dict:
 class _Run:
   """The functions of `solve_in_order` for one model and recipe, compiled once per block name."""
 
-  def __init__(self, blocks: Blocks, recipe: Recipe, running: Recipe, budget: int) -> None:
-    self.blocks, self.recipe, self.running, self.budget = blocks, recipe, running, budget
+  def __init__(
+    self, model: nn.Module, blocks: Blocks, recipe: Recipe, running: Recipe, budget: int
+  ) -> None:
+    self.model, self.blocks, self.recipe, self.running = model, blocks, recipe, running
+    self.budget = budget
     self.begin = jax.jit(self._begin)
     self.advance = jax.jit(self._advance, static_argnums=0)
-    self.partials = jax.jit(self._partials, static_argnums=(0, 1))
+    self.look = jax.jit(self._look, static_argnums=(0, 1, 2), donate_argnums=5)
 
   def _begin(self, variables: dict, batch: object) -> jax.Array:
     with intercepted(self.running):
@@ -140,48 +142,63 @@ class _Run:
     with intercepted(self.running):
       return self.blocks.run(name, params, h)
 
-  def _partials(self, name: str, asked: tuple, params: dict, h: jax.Array) -> dict[str, Tree]:
+  def _look(
+    self, name: str, asked: Asked, onward: bool, params: dict, h: jax.Array, total: dict | None
+  ) -> tuple[dict[str, Tree], jax.Array | None]:
+    """The partial results of one batch added to `total`; `onward`: what the float block puts out.
+
+    Where the output is not wanted, the compiler drops what lies behind the last site.
+    """
     each = {path: several(*statistics) for path, statistics in asked}
-    found: dict[str, Tree] = {}
+    found = dict(total or {})
 
     def put(module: nn.Module, path: str, statistic: object, value: Tree) -> None:
       del module
       found[path] = statistic.combine(found[path], value) if path in found else value
 
     with intercepted(IN_FLOAT, observer(each.get, put)):
-      self.blocks.run(name, params, h)
-    return found
+      h = self.blocks.run(name, params, h)
+    return found, h if onward else None
 
-  def gather(self, name: str, params: dict, hidden: list, wanted: Wanted) -> dict[str, Tree]:
-    """Finished statistics of one float block over the hidden states of all batches."""
-    if not wanted:
-      return {}
-    asked = tuple(wanted.items())
-    try:
-      return accumulate(wanted, (self.partials(name, asked, params, h) for h in hidden))
-    except jax.errors.UnexpectedTracerError as error:
-      raise ValueError(
-        f"{name}: statistics do not get out of a transform inside this block (nn.scan, nn.remat, "
-        "nn.vmap); give `blocks_of` a `run` without it, or use Recipe(inputs='float') and more "
-        "statistics_bytes"
-      ) from error
+  def gather(
+    self, name: str, params: dict, hidden: list, asked: Asked, onward: bool
+  ) -> dict[str, Tree]:
+    """Finished statistics of one float block; `onward`: hidden becomes what the block puts out."""
+    total = None
+    for at, h in enumerate(hidden):
+      try:
+        total, h = self.look(name, asked, onward, params, h, total)
+      except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+          f"{name}: statistics do not get out of a transform inside this block (nn.scan, nn.remat, "
+          "nn.vmap); give `blocks_of` a `run` without it, or use Recipe(inputs='float') and more "
+          "statistics_bytes"
+        ) from error
+      hidden[at] = h if onward else hidden[at]
+    return {path: several(*each).finish(total.pop(path)) for path, each in asked if path in total}
 
   def solve(
     self, i: int, params: dict, mine: dict, hidden: list, done: Callable[[], object]
   ) -> dict:
-    """Block i with packed kernels."""
+    """Block i with packed kernels; with float inputs, `hidden` moves on to the next block's.
+
+    The caller keeps no reference to `params`: each weight is freed when it is solved.
+    """
     name, flat = self.blocks.names[i], _flat(params)
     keys_of = {site.path: keys for keys, site in mine.items()}
-    for group in groups(tuple(mine.values()), self.recipe.statistic, self.budget):
-      found = {}
-      if self.recipe.statistic is not None:
-        found = self.gather(name, params, hidden, requests(self.recipe, group))
-      for site in group:
-        named = dataclasses.replace(site, path=f"{site.path} (block {i})")
-        value = None
-        if self.recipe.statistic is not None:
-          value = checked(named, found.pop(site.path, None), self.recipe)
-        keys = keys_of[site.path]
-        flat[keys] = solve_site(named, flat[keys], value, self.recipe)
-        done()
+    runs = tuple(groups(tuple(mine.values()), self.recipe.statistic, self.budget))
+    for group in runs:
+      together = by_input(self.model, group)
+      asked = tuple(requests(self.recipe, [first for first, *_ in together]).items())
+      onward = self.recipe.inputs == "float" and group is runs[-1]
+      found = self.gather(name, params, hidden, asked, onward)
+      if group is runs[-1]:
+        params = None
+      for first, *others in together:
+        named = lambda site: dataclasses.replace(site, path=f"{site.path} (block {i})")
+        value = checked(named(first), found.pop(first.path, None), self.recipe)
+        for site in (first, *others):
+          keys = keys_of[site.path]
+          flat[keys] = solve_site(named(site), flat.pop(keys), value, self.recipe)
+          done()
     return unflatten_dict(flat)

@@ -13,9 +13,11 @@ from scipy import stats
 
 import jaxquant as jq
 from jaxquant import sequential, statistics_cache
+from jaxquant.calibration import by_input, calibrate
 from jaxquant.calibration_checks import CalibrationWarning
 from jaxquant.formats import INT4_G32
-from jaxquant.models.transformer import Transformer, TransformerShape, unstack_layers
+from jaxquant.models.decoder import unstack_layers
+from jaxquant.models.transformer import Transformer, TransformerShape
 from jaxquant.ops.qdot import Operand, Rotation, Rule
 from jaxquant.recipes.weight_only import w4a16_gptq, w4a16_rtn
 from jaxquant.solvers.rtn import rtn
@@ -122,6 +124,31 @@ def test_a_solver_may_ask_for_several_statistics(probe):
 
   recipe = GPTQ.replace(solve=solve, statistic=several(MEAN_ABS, HESSIAN))
   same(quantize(*probe, recipe, [GOOD, GOOD]), quantize(*probe, NEAREST, [GOOD]))
+
+
+# Inputs that several sites read.
+
+
+def test_readers_of_one_norm_share_a_statistic(scanned):
+  def shared(rules):
+    table = jq.sites(SCAN, scanned, TOKENS[0], recipe=jq.Recipe(rules)).quantized()
+    return [[s.path.split("/")[-1] for s in group] for group in by_input(SCAN, table)]
+
+  assert shared(BUT_EMBED) == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"], ["head"]]
+  turn = Rotation(16)  # another basis
+  turned = (".*/[kv]", Rule(Operand(rotation=turn), Operand(INT4_G32, rotation=turn)))
+  assert shared((turned, *BUT_EMBED))[:2] == [["q"], ["k", "v"]]
+
+
+def test_what_is_shared_is_what_each_would_get(scanned):
+  recipe = w4a16_gptq(INT4_G32)
+  table = jq.sites(SCAN, scanned, TOKENS[0], recipe=recipe).quantized()
+  found = calibrate(SCAN, scanned, recipe, TOKENS, table)
+  alone = jq.collect(SCAN, jq.Recipe(), HESSIAN)
+  whole = jax.tree.map(lambda *a: sum(a), *(alone(scanned, batch) for batch in TOKENS))
+  for site in table:  # fused otherwise: equal to 1e-5 of the largest, not to the bit
+    want = whole[site.path]
+    np.testing.assert_allclose(found[site.path], want, atol=1e-5 * float(want.max()))
 
 
 # Inputs from the quantized blocks before.

@@ -8,7 +8,8 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.formats import INT4_G32, INT8
-from jaxquant.models.transformer import Transformer, TransformerShape, unstack_layers
+from jaxquant.models.decoder import unstack_layers
+from jaxquant.models.transformer import Transformer, TransformerShape
 from jaxquant.recipes.weight_only import w4a16_gptq, w4a16_rtn
 from jaxquant.solvers.rtn import rtn
 

@@ -13,6 +13,7 @@ from jaxquant.statistics import (
   RMS,
   Statistic,
   amax,
+  block_hessian,
   count,
   hessian,
   largest,
@@ -20,11 +21,20 @@ from jaxquant.statistics import (
   rms,
 )
 
+
+def blocks(h, size):
+  """On the diagonal, the last one filled with zeros."""
+  pad = -len(h) % size
+  h = np.pad(h, ((0, pad), (0, pad)))
+  return np.stack([h[i : i + size, i : i + size] for i in range(0, len(h), size)])
+
+
 STATISTICS = {
   "amax": (AMAX, amax, lambda x: np.abs(x).max(0)),
   "mean_abs": (MEAN_ABS, mean_abs, lambda x: np.abs(x).mean(0)),
   "rms": (RMS, rms, lambda x: np.sqrt((x * x).mean(0))),
   "hessian": (HESSIAN, hessian, lambda x: x.T @ x),
+  "block_hessian": (block_hessian(5), block_hessian(5), lambda x: blocks(x.T @ x, 5)),
   "count": (COUNT, count, len),
 }
 TABLE = pytest.mark.parametrize(

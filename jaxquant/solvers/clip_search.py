@@ -33,7 +33,8 @@ def clip_search(
 
   Args:
     w: [K, N].
-    hessian: X^T X, float32 [K, K], of any positive scale.
+    hessian: X^T X, float32 [K, K], of any positive scale; or only its blocks on the diagonal
+      [K/block, block, block] (`jaxquant.statistics.block_hessian`), which are all that is read.
     fmt: any Format with one scale per column of a group.
     rule: of the narrowed group; by default the one that the format implies.
     ratios: candidates p.
@@ -48,7 +49,9 @@ def clip_search(
     True
   """
   w = w.astype(jnp.float32)
-  gram = diagonal_blocks(hessian.astype(jnp.float32), block_sizes(fmt, w.shape, -2)[0])
+  gram = hessian.astype(jnp.float32)
+  if gram.ndim == 2:
+    gram = diagonal_blocks(gram, block_sizes(fmt, w.shape, -2)[0])
   blocks = to_blocks(jnp.where(jnp.isfinite(w), w, 0), fmt, -2)
   found = observe(
     blocks,

@@ -13,6 +13,7 @@ from jaxquant import formats, observers, scales, solvers, tensor
 from jaxquant.encoding import encode
 from jaxquant.formats import Format, named
 from jaxquant.solvers import gptq, proxy_loss, rtn
+from jaxquant.solvers.cholesky import energy, inverse_cholesky, pivots
 from jaxquant.statistics import hessian
 from jaxquant.tensor import pack, unpack
 
@@ -241,6 +242,18 @@ def test_feedback_is_the_factor_of_the_inverse(k):
   u = np.linalg.cholesky(np.linalg.inv(damped)).T
   np.testing.assert_allclose(error_feedback(h), u / np.diag(u)[:, None], atol=1e-4)
   np.testing.assert_allclose(error_feedback(1e12 * h), error_feedback(h), atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [7, 1100])  # a leaf; halves of halves and a ragged rest
+def test_products_by_halves_are_the_whole_products(k):
+  """Against float64; sums of up to k products in float32."""
+  d, h = problem(k, 3)
+  h = h / jnp.diag(h).mean() + 0.1 * jnp.eye(k)
+  exact = np.asarray(h, np.float64)
+  lower = np.linalg.cholesky(exact)
+  np.testing.assert_allclose(jax.jit(inverse_cholesky)(h), np.linalg.inv(lower), atol=1e-4)
+  np.testing.assert_allclose(jax.jit(pivots)(h), np.diag(lower), rtol=1e-5)
+  np.testing.assert_allclose(jax.jit(energy)(h, d), (d * (exact @ d)).sum(), rtol=1e-5)
 
 
 def test_damping_grows_until_a_factor_exists():

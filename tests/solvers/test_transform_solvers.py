@@ -48,6 +48,12 @@ def test_clip_search_maps_over_layers():
   np.testing.assert_array_equal(jq.dequantize(both)[0], jq.dequantize(clip_search(W, H, UINT3_G32)))
 
 
+def test_clip_search_reads_blocks_on_the_diagonal():
+  blocks = diagonal_blocks(H, UINT3_G32.block)
+  got, want = (clip_search(W, h, UINT3_G32) for h in (blocks, H))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_cayley_descends_on_rotations():
   """Towards a given rotation of the plane: the only minimum within the component of 1."""
   angle = 1.0

@@ -4,7 +4,7 @@ from jaxquant.formats import UINT4_G128, Format
 from jaxquant.ops.qdot import FLOAT, weight_only
 from jaxquant.recipe import Recipe
 from jaxquant.solvers.clip_search import clip_search
-from jaxquant.statistics import HESSIAN
+from jaxquant.statistics import HESSIAN, block_hessian
 from jaxquant.steps import SearchScales
 
 
@@ -20,4 +20,5 @@ def awq(fmt: Format = UINT4_G128, *, steps: int = 20, float_sites: str = "embed|
     float_sites: pattern of sites that stay in high precision.
   """
   rules = ((float_sites, FLOAT), (".*", weight_only(fmt)))
-  return Recipe(rules, clip_search, HESSIAN, name="awq", prepare=(SearchScales(steps),))
+  seen = HESSIAN if fmt.block is None else block_hessian(fmt.block)
+  return Recipe(rules, clip_search, seen, name="awq", prepare=(SearchScales(steps),))
