@@ -79,8 +79,8 @@ class Spikes:
 def guarded(step: Callable, spikes: Spikes, *, out_shardings: object = None) -> jax.stages.Wrapped:
   """A training step under watch: (state, seen, batch) -> (state, seen, metrics), both donated.
 
-  With `skip`, a spike leaves everything but the step's number as it was: that batch and its random
-  key are passed over, in a resumed run as in the first.
+  With `skip`, a spike leaves everything but the numbers of steps as it was: that batch and its
+  random key are passed over, in a resumed run as in the first.
 
   Args:
     step: (state, batch) -> (state, metrics with "loss"), as `training.make_step` makes it.
@@ -92,9 +92,14 @@ def guarded(step: Callable, spikes: Spikes, *, out_shardings: object = None) -> 
     after, metrics = step(before, batch)
     seen, spike = spikes(seen, metrics["loss"], after.step)
     if spikes.skip:
-      kept = jax.tree.map(lambda old, new: jnp.where(spike, old, new), before, after)
-      after = kept.replace(step=after.step)
+      kept = lambda path, old, new: new if _counts(path) else jnp.where(spike, old, new)
+      after = jax.tree.map_with_path(kept, before, after)
     counted = {name: seen[name] for name in ("spikes", "spike_at")}
     return after, seen, metrics | counted
 
   return jax.jit(run, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def _counts(path: tuple) -> bool:
+  """Whether a leaf is a number of steps: of the state, or of a site's schedules."""
+  return jax.tree_util.keystr(path[-1:], simple=True) in ("step", "clock")

@@ -244,6 +244,7 @@ def loop(
         run = enter(run, phase)
       tokens = batch(done - 1)
       run, scalars = phase.step(run, tokens)
+      run = renewed(run, phase, done)
       last = done == config.steps or bool(signals)
       evaluated = done % config.eval_every == 0 or done == config.steps
       if evaluated or last or done % config.log_every == 0:
@@ -261,6 +262,12 @@ def loop(
       if last:
         break
   return run
+
+
+def renewed(run: Run, phase: Phase, done: int) -> Run:
+  """With what the recipe renews between steps."""
+  quant = quant_state.between_steps(phase.recipe, run.state.quant, done)
+  return run.replace(state=run.state.replace(quant=quant))
 
 
 def validation(run: Run, phase: Phase, twin_validate: Callable | None) -> dict[str, float]:
