@@ -1,4 +1,4 @@
-"""Recipes of studies: three configurations, two 4-bit tables, layers in two widths."""
+"""Recipes of studies: three configurations, two tables, layers in two widths, embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def stored():
 
 @pytest.mark.parametrize(
   ("name", "bound"),  # on random weights; logits that have nothing in common are at 1.4
-  [("w8a8_int", 0.5), ("w4a16_int", 0.5), ("layerwise", 0.8)],
+  [("w8a8_int", 0.5), ("w4a16_int", 0.5), ("layerwise", 0.8), ("int4_embeddings", 0.5)],
 )
 def test_solved_recipes_quantize_and_run(stored, name, bound):
   recipe = RECIPES[name].make()

@@ -8,6 +8,7 @@ from jaxquant.recipes.training.fp8 import fp8
 from jaxquant.recipes.training.fp8_blocks import fp8_blocks
 from jaxquant.recipes.training.gaussws import gaussws
 from jaxquant.recipes.training.int8 import w8a8_int8
+from jaxquant.recipes.training.int_embeddings import int_embeddings
 from jaxquant.recipes.training.int_vs_fp import int_vs_fp
 from jaxquant.recipes.training.jetfire import jetfire
 from jaxquant.recipes.training.layercast import layercast
@@ -27,6 +28,7 @@ __all__ = [
   "fp8",
   "fp8_blocks",
   "gaussws",
+  "int_embeddings",
   "int_vs_fp",
   "jetfire",
   "layercast",

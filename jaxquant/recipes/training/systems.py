@@ -11,6 +11,7 @@ from jaxquant.recipes.training import (
   fp8,
   fp8_blocks,
   gaussws,
+  int_embeddings,
   int_vs_fp,
   jetfire,
   layercast,
@@ -248,5 +249,23 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2506.09501",
     "bf16 weights (or any format), widened beside their product; the rest float32",
     "over batch, padding and cache logits move 2.3e-5, greedy tokens not (tests/test_layercast.py)",
+  ),
+  "nvfp4_nearest": System(
+    functools.partial(int_vs_fp, formats.NVFP4),
+    "T3",
+    "arXiv:2602.02047",
+    "NVFP4 without remedies, as outliers meet it; `diagnostics.OUTLIERS` watches them",
+    "a float run, steps 20 to 200: NVFP4 flushes .31 of down's inputs to zero (of all inputs .09, "
+    "weights .06, gradients .16), their kurtosis goes 13.5 to 35.9; hot channels overlap .43 to "
+    ".73 from row to row (jaxquant.apps.train --config configs/outliers.py)",
+  ),
+  "int4_embeddings": System(
+    int_embeddings,
+    "T4",
+    "arXiv:2602.00969",
+    "int4 embedding and head, one scale each; `diagnostics.SPECTRA` watches what is left",
+    "1024 x 256, s ~ k^-.8: stable rank 2.226 to 2.428 (predicted 2.426), .80 of the values below "
+    "the floor (tests/diagnostics); a float run of 200 steps: exponent .13 of the embedding, none "
+    "below the edge; residual stream .82, .17 below (configs/outliers.py)",
   ),
 }
