@@ -2,10 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from jaxquant.apps import report
-from jaxquant.diagnostics import Section, Table, page, plots
+from jaxquant.diagnostics import History, Row, Section, Table, page, plots
 
 LOADS = r"""<(script|link|iframe|img|object|embed)\b|@import|url\((?!\#)|\s(src|href)=["'](?!\#)"""
 
@@ -16,6 +17,8 @@ def html(tiny, tmp_path_factory):
   (folder / "metrics.jsonl").write_text(
     "".join(f'{{"step": {i}, "loss": {9 - i / 10}, "validation_loss": 5}}\n' for i in range(1, 50))
   )
+  watched = {"layers/mlp/down/x": {"kurtosis": np.ones(2, np.float32)}}
+  History(folder, start=0).append(Row(10, watched))
   argv = ("--model", tiny, "--batches", "1", "--calibration_batches", "1", "--new_tokens", "5")
   where = ("--workdir", str(folder), "--out", str(folder / "a" / "report.html"), "--prompt", "x<y>")
   report.main(["report", *argv, *where, "--recipes", "w4a16_gptq"])
@@ -29,10 +32,15 @@ def test_it_needs_nothing_else(html):
 
 
 def test_it_holds_all_parts(html):
-  assert html.count("<svg") == 3
-  for text in ("bits per weight", "relative error of the weight", "loss, nats per token"):
+  assert html.count("<svg") == 4
+  for text in (
+    "bits per weight",
+    "relative error of the weight",
+    "loss, nats per token",
+    "excess kurtosis",
+  ):
     assert text in html
-  for title in ("Recipes", "Sites", "Samples", "Training", "Provenance"):
+  for title in ("Recipes", "Sites", "Samples", "Training", "Outliers", "Provenance"):
     assert f"<h2>{title}</h2>" in html
   assert "layers/mlp/down" in html
   assert "w4a16_gptq: solver gptq" in html
