@@ -119,7 +119,7 @@ def test_unknown_estimators_have_no_cost():
 
 @functools.cache
 def task():
-  return D.regression(4, 200)
+  return D.regression(4, 200, batch=32)
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def test_range():
       np.testing.assert_array_equal(found[2], found[1])
     trains = {s: (losses(s, option) < 2 * float_loss()).all(1).tolist() for s in ("e4m3", "ue5m3")}
     assert trains == {"e4m3": [False, False, True], "ue5m3": [False, True, True]}
-    assert losses("e4m3", option)[:2].min() > 0.9  # all gradients are zero: nothing is learned
+    assert losses("e4m3", option)[0].min() > 0.9  # no gradient is left: nothing is learned
 
 
 def test_tensor_scaling_rht_and_sr_do_not_lose_to_naive_mxfp4():

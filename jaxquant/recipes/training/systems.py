@@ -3,11 +3,14 @@
 import functools
 
 from jaxquant import formats, scales
+from jaxquant.ops.hadamard import RHT_SIGNS
+from jaxquant.ops.qdot import Rotation
 from jaxquant.recipes.system import System
 from jaxquant.recipes.training import (
   bibench,
   binarydm,
   chon,
+  fp4_space,
   fp8,
   fp8_blocks,
   gaussws,
@@ -24,6 +27,7 @@ from jaxquant.recipes.training import (
   switchback,
   w8a8_int8,
 )
+from jaxquant.rounding import stochastic
 
 SYSTEMS: dict[str, System] = {
   "w8a8_int8": System(
@@ -267,5 +271,19 @@ SYSTEMS: dict[str, System] = {
     "1024 x 256, s ~ k^-.8: stable rank 2.226 to 2.428 (predicted 2.426), .80 of the values below "
     "the floor (tests/diagnostics); a float run of 200 steps: exponent .13 of the embedding, none "
     "below the edge; residual stream .82, .17 below (configs/outliers.py)",
+  ),
+  "fp4_space": System(
+    functools.partial(
+      fp4_space,
+      scale=formats.UE5M3,
+      rule=scales.absmax,
+      backward=stochastic,
+      wgrad=Rotation(16, RHT_SIGNS),
+    ),
+    "T6",
+    "arXiv:2509.17791",
+    "E2M1 with UE5M3 scales, SR, RHT on wgrad: a point of the 2880 of `jaxquant.design_space`",
+    "regression, 400 steps: naive MXFP4 .108, UE5M3 .104, E4M3 with tensor scale, RHT and SR .103, "
+    "float .079; E8M0 with RHT and SR .110 (docs/results/fp4_space.md)",
   ),
 }
