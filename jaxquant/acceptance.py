@@ -17,17 +17,13 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import unflatten_dict
 
 import jaxquant
-from jaxquant import allocate, sensitivity
 from jaxquant import formats as F
-from jaxquant.gates import SKIP, W4_G64, Change, Gate, pair
+from jaxquant.gates import SKIP, Change, Gate, pair
 from jaxquant.graph import graph_of, matrix
 from jaxquant.intercept import collect
 from jaxquant.kernels import LowRank, is_node, map_kernels, to_dense
-from jaxquant.metrics import token_kl
 from jaxquant.ops.qdot import weight_only
 from jaxquant.ptq import quantize_params
 from jaxquant.recipe import Recipe
@@ -134,7 +130,7 @@ def _proxies(recipe: Recipe) -> Callable:
   return jax.jit(lambda w, h: jax.lax.map(one, (w, h)))
 
 
-def _dense(model: nn.Module, variables: dict, recipe: Recipe, calibration: list) -> dict:
+def dense(model: nn.Module, variables: dict, recipe: Recipe, calibration: list) -> dict:
   """The variables a recipe packs, as float ones of the model."""
   packed = quantize_params(model, variables, recipe, calibration, progress=False)
   values = map_kernels(lambda k: to_dense(k) if is_node(k) else k, packed)
@@ -158,78 +154,9 @@ def attention_errors(model: nn.Module, variables: dict, calibration: list, held_
   expected = outputs(variables)
   error = {}
   for name, recipe in (("boa", boa(F.UINT2_G64)), ("gptq", gptq)):
-    found = outputs(_dense(model, variables, recipe.replace(rules=rules), calibration))
+    found = outputs(dense(model, variables, recipe.replace(rules=rules), calibration))
     error[name] = jnp.sqrt(jnp.square(found - expected).reshape(len(found), -1).sum(-1))
   return {f"layer {i}": float(r) for i, r in enumerate(error["boa"] / error["gptq"])}
-
-
-def _fill(order: list, bits: Mapping, budget: float, low: F.Format, high: F.Format) -> dict:
-  """`high` in this order for as long as it fits."""
-  found, left = dict.fromkeys(bits, low), budget - sum(b[low] for b in bits.values())
-  for name in order:
-    if bits[name][high] - bits[name][low] <= left:
-      found[name], left = high, left - (bits[name][high] - bits[name][low])
-  return found
-
-
-def allocations(model: nn.Module, variables: dict, calibration: list, held_out: list) -> dict:
-  """KL with half of the weights in 4 bits and half in 2; each matrix of a layer is chosen."""
-  formats = low, high = F.UINT2_G64, W4_G64
-  flat = flat_params(variables)
-  stacks = [flat_params(_dense(model, variables, w4a16_rtn(f), calibration)) for f in formats]
-  keys = [k for k in flat if k[0] == "layers" and k[-1] == "kernel"]
-  names = [(k, i) for k in keys for i in range(len(flat[k]))]
-  information = flat_params({"params": _fisher(model, variables, calibration[:2])})
-  cost = {
-    (k, i): {
-      f: float(sensitivity.fisher_cost(information[k][i], flat[k][i], stack[k][i]))
-      for f, stack in zip(formats, stacks)
-    }
-    for k, i in names
-  }
-  bits = {(k, i): {f: F.bits_per_value(f) * flat[k][i].size for f in formats} for k, i in names}
-  budget = sum(sum(b.values()) for b in bits.values()) / 2
-  gain = lambda n: (cost[n][low] - cost[n][high]) / (bits[n][high] - bits[n][low])
-  rng = np.random.default_rng(int(np.asarray(calibration[0]).sum()))
-  orders = [[names[i] for i in rng.permutation(len(names))] for _ in range(RANDOM)]
-  chosen = [allocate.integer_program(cost, bits, budget)]
-  chosen += [_fill(o, bits, budget, low, high) for o in (*orders, sorted(names, key=gain))]
-  mixtures = [[formats.index(allocation[n]) for n in names] for allocation in chosen]
-  losses = _kl_of_mixtures(model, variables, held_out[:4], stacks, names)
-  found = np.asarray(losses(np.array(mixtures)), np.float64)
-  return {
-    "sensitivity": float(found[0]),
-    "random": float(found[1:-1].mean()),
-    "inverse": float(found[-1]),
-  }
-
-
-RANDOM = 4  # orders
-
-
-def _fisher(model: nn.Module, variables: dict, calibration: list) -> dict:
-  loss = lambda params, row: model.apply(
-    {**variables, "params": params}, row[:, :-1], targets=row[:, 1:]
-  ).mean()
-  rows = [jnp.asarray(batch[i : i + 1]) for batch in calibration for i in range(len(batch))]
-  return sensitivity.fisher(loss, variables["params"], rows)
-
-
-def _kl_of_mixtures(
-  model: nn.Module, variables: dict, held_out: list, stacks: list, names: list
-) -> sensitivity.Losses:
-  tokens = jnp.concatenate([jnp.asarray(b) for b in held_out])[:, :-1]
-  expected = jax.jit(model.apply)(variables, tokens)
-  flat = flat_params(variables)
-  counts = {k: sum(n[0] == k for n in names) for k, _ in names}
-
-  def kl(weights):
-    layers = {k: jnp.stack([weights[k, i] for i in range(n)]) for k, n in counts.items()}
-    params = unflatten_dict(flat | layers)
-    return token_kl(expected, model.apply({**variables, "params": params}, tokens)).mean()
-
-  candidates = {(k, i): jnp.stack([stack[k][i] for stack in stacks]) for k, i in names}
-  return sensitivity.mixture_losses(kl, candidates)
 
 
 ORDERED = {"order": True, "static_groups": True}
@@ -271,12 +198,6 @@ GATES: dict[str, Gate | Probe] = {
     },
     lambda kl: 4 * kl["bitstack"] <= kl["svd"],
   ),
-  "allocation": Probe(
-    "half of the weights in 4 bits, half in 2: by sensitivity < by chance < the other way round",
-    allocations,
-    lambda v: v["sensitivity"] < v["random"] < v["inverse"],
-    "KL, nats per token",
-  ),
   "rsq": Gate(
     "RSQ < GPTQ at W3, one scale per channel",
     {"rsq": rsq(W3_CHANNEL), "gptq": w4a16_gptq(W3_CHANNEL)},
@@ -300,7 +221,7 @@ ITEMS: tuple[Item, ...] = (
   Item("3", "smoothquant_w6a6"),
   Item("3", "llm_int8"),
   Item("3", "quarot"),
-  Item("3", "smooth_attention", "SmoothAttention, RAS: KV4 <= 0.12, 0.05 of none, large k pairs"),
+  Item("3", "smooth_attention"),
   Item("3", "fp8_activations"),
   Item("3", "flexq_types"),
   Item("4", "mr_gptq"),
@@ -343,9 +264,9 @@ ITEMS: tuple[Item, ...] = (
   Item("14", "mpo", "MPO at full bond is exact"),
   Item("report", "rsq", report=SMALL),
   Item("report", "bitstack_scaled", report=SMALL),
-  Item("report", "noisyquant", "noise is no worse than none", report=SMALL),
+  Item("report", "noisyquant", report=SMALL),
   Item("report", "q_vlm", "entropy tracks the loss across layers", report=SMALL),
-  Item("report", "layerwise", "LIM and ZD orders beat random ones", report="6 layers, 8 asked for"),
+  Item("report", "layerwise", report="6 layers, 8 asked for"),
 )
 
 

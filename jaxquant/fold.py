@@ -232,3 +232,23 @@ def inject_outliers(
     rank = jax.random.uniform(jax.random.fold_in(key, i), shape).argsort(-1).argsort(-1)
     variables = fold_scale(variables, graph, norm, jnp.where(rank < channels, 1 / factor, 1.0))
   return variables
+
+
+def inject_key_outliers(
+  variables: object, graph: Graph, key: jax.Array, pairs: int, factor: float
+) -> dict:
+  """Makes a few rotary pairs of every key head `factor` times larger; queries take it back.
+
+  Args:
+    variables: float.
+    graph: of the model, whose pairs have RoPE.
+    key: chooses the rotary pairs, other ones in each head and layer.
+    pairs: how many in each head.
+    factor: keys * factor, queries / factor; a power of two changes no bit of the product.
+  """
+  for i, pair in enumerate(graph.pairs):
+    w = matrix(flat_params(variables), pair.key)
+    shape = (*w.shape[:-2], w.shape[-1] // pair.head_dim, pair.head_dim // 2)
+    rank = jax.random.uniform(jax.random.fold_in(key, i), shape).argsort(-1).argsort(-1)
+    variables = fold_pair(variables, pair, jnp.where(rank < pairs, 1 / factor, 1.0))
+  return variables

@@ -141,6 +141,7 @@ def bits_per_value(fmt: Format, shape: tuple[int, int] | None = None) -> float:
 
 PER_TENSOR_E4M3 = Format(E4M3, None, None)
 PER_TENSOR_UE5M3 = Format(UE5M3, None, None)
+PER_TENSOR_E8M0 = Format(E8M0, None, None)
 
 INT8 = Format(int_grid(8))  # one scale per output channel of w, or per token of x
 INT6 = Format(int_grid(6))
@@ -184,6 +185,7 @@ MXFP8_E5M2 = Format(E5M2, 32, scale=E8M0)
 MXFP6_E2M3 = Format(E2M3, 32, scale=E8M0)
 MXFP6_E3M2 = Format(E3M2, 32, scale=E8M0)
 MXFP4 = Format(E2M1, 32, scale=E8M0)
+MXFP4_TENSOR = Format(E2M1, 32, scale=PER_TENSOR_E8M0)  # times one constant, 4/3: nothing clips
 MXINT8 = Format(FIXED8, 32, scale=E8M0)
 MXINT6 = Format(int_grid(6), 32, scale=E8M0)
 MXINT4 = Format(int_grid(4), 32, scale=E8M0)

@@ -21,6 +21,7 @@ from jaxquant.formats import (
   E4M3,
   E8M0,
   PER_TENSOR_E4M3,
+  PER_TENSOR_E8M0,
   UE5M3,
   FloatGrid,
   Format,
@@ -221,8 +222,10 @@ def quartet(blocks: jax.Array, fmt: Format) -> Scales:
 
   Stochastic rounding is then exactly unbiased (arXiv:2505.14669). Scales with a scale of their own
   are stored as the powers of two over 4/3, which leaves the block-scaled GEMM as a constant, 16/9
-  for two operands; float32 scales are their product.
+  for two operands; float32 scales are their product. Raises ValueError for bare E8M0 scales.
   """
+  if fmt.scale == E8M0:  # storing would drop the 4/3, in silence
+    raise ValueError(f"quartet: {fmt} stores powers of two, which hold no 4/3; use MXFP4_TENSOR")
   power = ocp_floor(blocks, fmt).scale
   if isinstance(fmt.scale, Format):
     return Scales(QTensor(power, jnp.full_like(power[..., :1, :1], 4 / 3), fmt=fmt.scale))
@@ -389,9 +392,8 @@ def default_rule(fmt: Format) -> ScaleRule:
     return absmean
   if fmt.elem == E2M1 and fmt.scale == PER_TENSOR_E4M3:
     return nvfp4
-  if fmt.scale == reciprocal_grid(UE5M3):
-    return _encode_ue5m3
-  return ocp_floor if fmt.scale == E8M0 else absmax
+  return _IMPLIED.get(fmt.scale, absmax)
 
 
-_encode_ue5m3 = encode_domain(UE5M3)
+_UE5M3 = reciprocal_grid(UE5M3)
+_IMPLIED = {E8M0: ocp_floor, PER_TENSOR_E8M0: quartet, _UE5M3: encode_domain(UE5M3)}

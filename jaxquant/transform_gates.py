@@ -7,11 +7,13 @@ from jaxquant.gates import Gate, nearest, outliers, pair
 from jaxquant.recipe import Recipe
 from jaxquant.recipes.weight_act import (
   mr_gptq,
+  noisyquant,
   quarot,
   smoothquant,
   spinquant,
   svdquant,
 )
+from jaxquant.recipes.weight_act.noisyquant import INT6_TENSOR
 from jaxquant.recipes.weight_only import affinequant, awq
 from jaxquant.solvers.rtn import rtn
 
@@ -64,13 +66,24 @@ TRANSFORM_GATES: dict[str, Gate] = {
     lambda kl: kl["learned"] <= kl["start"],
   ),
   "mr_gptq": Gate(
-    "MR-GPTQ <= 0.75 nearest in MXFP4",
-    {"mr_gptq": mr_gptq(), "nearest": pair(F.MXFP4, F.MXFP4)},
+    "MR-GPTQ <= 0.75 nearest in MXFP4, scales of the paper (4/3 of the floor)",
+    {"mr_gptq": mr_gptq(), "nearest": pair(F.MXFP4_TENSOR, F.MXFP4_TENSOR)},
     lambda kl: kl["mr_gptq"] <= 0.75 * kl["nearest"],
   ),
   "mr_gptq_outliers": Gate(
-    "MR-GPTQ <= 0.65 nearest in MXFP4, with outlier channels",
-    {"mr_gptq": mr_gptq(), "nearest": pair(F.MXFP4, F.MXFP4)},
+    "MR-GPTQ <= 0.65 nearest in MXFP4, scales of the paper, with outlier channels",
+    {"mr_gptq": mr_gptq(), "nearest": pair(F.MXFP4_TENSOR, F.MXFP4_TENSOR)},
+    lambda kl: kl["mr_gptq"] <= 0.65 * kl["nearest"],
+    outliers(16),
+  ),
+  "mr_gptq_floor": Gate(
+    "MR-GPTQ <= 0.75 nearest in MXFP4, OCP floor scales",
+    {"mr_gptq": mr_gptq(F.MXFP4), "nearest": pair(F.MXFP4, F.MXFP4)},
+    lambda kl: kl["mr_gptq"] <= 0.75 * kl["nearest"],
+  ),
+  "mr_gptq_outliers_floor": Gate(
+    "MR-GPTQ <= 0.65 nearest in MXFP4, OCP floor scales, with outlier channels",
+    {"mr_gptq": mr_gptq(F.MXFP4), "nearest": pair(F.MXFP4, F.MXFP4)},
     lambda kl: kl["mr_gptq"] <= 0.65 * kl["nearest"],
     outliers(16),
   ),
@@ -82,6 +95,11 @@ TRANSFORM_GATES: dict[str, Gate] = {
       "gptq": mr_gptq(F.NVFP4, block=None),
     },
     lambda kl: kl["gptq"] <= kl["nearest"] <= kl["rotated"],
+  ),
+  "noisyquant": Gate(
+    "a fixed noise below one step of a scale per tensor is no worse than none at W6A6",
+    {"noise": noisyquant(), "none": pair(INT6_TENSOR, F.INT6)},
+    lambda kl: kl["noise"] <= kl["none"],
   ),
   "svdquant": Gate(
     "each doubling of the rank helps, with outlier channels",

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxquant"
 LAYERS = {
   "grids": 0, "formats": 0, "rounding": 0, "named_functions": 0,
   "packing": 1, "tensor": 1, "scales": 1, "encoding": 1, "observers": 1, "nested": 1,
-  "estimators": 1, "eden": 1, "eden": 1,
+  "estimators": 1, "eden": 1,
   "kernels": 2, "mixed": 2,
   "ops": 3, "cache": 3,
   "transforms": 4,
@@ -31,7 +31,8 @@ LAYERS = {
   "recipes": 7, "diagnostics": 7,
   "models": 8, "data": 8, "training": 8, "decode": 8, "evaluation": 8, "metrics": 8,
   "acceptance": 8,
-  "gates": 8, "transform_gates": 8, "learned_gates": 8,
+  "gates": 8, "transform_gates": 8, "learned_gates": 8, "attention_gates": 8,
+  "allocation_gates": 8,
   "pod": 8, "aot": 8, "design_space": 8,
   "spikes": 8, "paired": 8, "training_claims": 8,
   "apps": 9,

@@ -213,6 +213,11 @@ def test_gram_error_is_the_output_error():
 def test_quartet_and_shrunk_rules_never_clip():
   q = run(Format(F.E2M1, 32), scales.quartet)(X)[0]
   assert (np.abs(X / np.repeat(np.asarray(q.scale), 32, 0)) < 6).all()
+  nested = run(F.MXFP4_TENSOR, None)(X)[0]  # powers of two under 4/3: the same values
+  np.testing.assert_array_equal(scale_values(nested.scale), q.scale)
+  np.testing.assert_array_equal(nested.data, q.data)
+  with pytest.raises(ValueError, match="mxfp4 stores powers of two, which hold no 4/3"):
+    encode(X, F.MXFP4, rule=scales.quartet)
   q = run(*RULES["shrunk"])(X)[0]
   assert isinstance(q.scale, QTensor)
   step = np.repeat(np.asarray(scale_values(q.scale)), 16, 0)

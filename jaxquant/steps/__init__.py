@@ -1,6 +1,7 @@
 """Steps for `Recipe.prepare`: the function stays, and the weights quantize better."""
 
 from jaxquant.steps.affine import LearnAffine
+from jaxquant.steps.keys import SmoothKeys, pair_amax, pair_norm
 from jaxquant.steps.learn import LearnRotations
 from jaxquant.steps.rotate import FuseGains, RotateHeads, RotateStream
 from jaxquant.steps.search import SearchScales
@@ -14,4 +15,7 @@ __all__ = [
   "RotateStream",
   "SearchScales",
   "Smooth",
+  "SmoothKeys",
+  "pair_amax",
+  "pair_norm",
 ]

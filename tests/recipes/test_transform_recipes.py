@@ -20,8 +20,10 @@ from jaxquant.kernels import is_node, map_kernels
 from jaxquant.models.transformer import Transformer, TransformerShape
 from jaxquant.ops.qdot import FLOAT, Operand, Rule
 from jaxquant.prepare import Context, prepare
+from jaxquant.recipes.weight_act.fireq import fireq
 from jaxquant.recipes.weight_act.mr_gptq import mr_gptq
 from jaxquant.recipes.weight_act.noisyquant import noisyquant
+from jaxquant.recipes.weight_act.qoq import qoq
 from jaxquant.recipes.weight_act.quarot import quarot
 from jaxquant.recipes.weight_act.smoothquant import smoothquant
 from jaxquant.recipes.weight_act.spinquant import spinquant
@@ -70,6 +72,8 @@ SYSTEMS = {
   "svdquant": svdquant(F.INT4_G32, rank=4),
   "affinequant": affinequant(UINT3_G32, steps=2),
   "noisyquant": noisyquant(ratios=(0.5, 1.0)),
+  "qoq_keys": qoq(rotate=False, keys=True),
+  "fireq_keys": fireq(keys=True),
 }
 
 
@@ -124,7 +128,7 @@ PROMISES = {  # better, worse, ratio, factor of the outlier channels
   "awq_outliers": (awq(UINT4_G32), weights(UINT4_G32), 0.8, 16.0),
   "smoothquant": (smoothquant(), both(F.INT8), 0.2, 40.0),
   "quarot": (quarot(block=32, solve=rtn), both(F.INT4), 0.8, 40.0),
-  "mr_gptq": (mr_gptq(block=32), both(F.MXFP4), 0.98, 16.0),
+  "mr_gptq": (mr_gptq(block=32), both(F.MXFP4_TENSOR), 0.98, 16.0),
   "svdquant_rank": (svdquant(F.INT4_G32, rank=32), svdquant(F.INT4_G32, rank=4), 0.95, 40.0),
   "svdquant_smooth": (
     svdquant(F.INT4_G32, rank=16),

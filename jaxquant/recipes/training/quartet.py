@@ -1,14 +1,12 @@
 """Quartet: all three GEMMs in MXFP4 (arXiv:2505.14669)."""
 
 from jaxquant.estimators import trusted
-from jaxquant.formats import E2M1, E8M0, MXFP4, Format
+from jaxquant.formats import MXFP4, MXFP4_TENSOR
 from jaxquant.ops.qdot import FLOAT, Operand, Rotation, Rule, Source
 from jaxquant.recipe import Recipe
 from jaxquant.rounding import stochastic
 from jaxquant.scales import quartet as range_matched
 from jaxquant.scales import quest
-
-RANGE_MATCHED = Format(E2M1, 32, scale=Format(E8M0, None, None))  # MXFP4 times one constant, 4/3
 
 
 def quartet(*, float_sites: str = "embed|head") -> Recipe:
@@ -27,8 +25,6 @@ def quartet(*, float_sites: str = "embed|head") -> Recipe:
     float_sites: pattern of sites that stay in high precision.
   """
   ahead = Operand(MXFP4, quest, rotation=Rotation(32), gradient=trusted)
-  back = Operand(
-    RANGE_MATCHED, range_matched, stochastic, Rotation(32, random=True), Source.FORWARD
-  )
+  back = Operand(MXFP4_TENSOR, range_matched, stochastic, Rotation(32, random=True), Source.FORWARD)
   rule = Rule(ahead, ahead, back, back, back, back)
   return Recipe(((float_sites, FLOAT), (".*", rule)), name="quartet")

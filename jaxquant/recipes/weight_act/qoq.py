@@ -9,7 +9,7 @@ from jaxquant.recipe import Recipe
 from jaxquant.scales import ScaleRule
 from jaxquant.solvers.gptq import gptq
 from jaxquant.statistics import HESSIAN
-from jaxquant.steps import RotateStream
+from jaxquant.steps import RotateStream, SmoothKeys
 from jaxquant.tensor import QTensor
 
 
@@ -26,21 +26,23 @@ def qoq(
   *,
   protect: int = 119,
   rotate: bool = True,
+  keys: bool = False,
   float_sites: str = "embed|head",
 ) -> Recipe:
   """W4A8: int4 groups that decode to int8 values of their column, GPTQ; x int8 per token.
 
   Progressive group quantization (section 4.1) with the protective range, on a rotated residual
   stream (section 4.3). The smoothing and reordering of what the other modules read, and the 4-bit
-  cache with its SmoothAttention, are not part of it.
+  cache, are not part of it.
 
   Args:
     fmt: of the weights, integers under integer scales.
     protect: of `progressive`.
     rotate: rotate the residual stream of the model, which must have a graph.
+    keys: fold SmoothAttention (section 4.2) into q and k, for a 4-bit cache.
     float_sites: pattern of sites that stay in high precision.
   """
   rule = Rule(x=Operand(INT8), w=Operand(fmt, scales=progressive(protect)))
   rules = ((float_sites, FLOAT), (".*", rule))
-  steps = (RotateStream(),) if rotate else ()
+  steps = (RotateStream(),) * rotate + (SmoothKeys(),) * keys
   return Recipe(rules, fixed_scales, HESSIAN, name="qoq", prepare=steps)
