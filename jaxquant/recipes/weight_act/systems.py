@@ -33,7 +33,7 @@ SYSTEMS: dict[str, System] = {
     qoq,
     "W4",
     "arXiv:2405.04532",
-    "W4A8: int4 groups inside int8 columns, rotation, SmoothAttention, GPTQ",
+    "W4A8: int4 groups inside int8 columns, rotation, GPTQ",
     "nearest, g64, no rotation: KL 5.36e-3, float scales 5.39e-3, per channel 7.2e-3 "
     "(jaxquant.apps.gates --gates qoq --batches 3 --calibration_batches 2); 4-bit keys and values "
     "with large key pairs: 12.9e-3 after SmoothAttention, 817e-3 without "
