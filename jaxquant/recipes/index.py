@@ -5,19 +5,22 @@ from jaxquant.recipes.system import System
 from jaxquant.recipes.training.systems import SYSTEMS as _TRAINING
 from jaxquant.recipes.weight_act.systems import SYSTEMS as _WEIGHT_ACT
 from jaxquant.recipes.weight_only.systems import SYSTEMS as _WEIGHT_ONLY
+from jaxquant.state import without_state
 
 RECIPES: dict[str, System] = _TRAINING | _WEIGHT_ONLY | _WEIGHT_ACT
 
 
 def by_name(name: str) -> Recipe:
-  """The recipe of a row, with its defaults.
+  """The recipe of a row, with its defaults, as packed weights run under it: without state.
+
+  Training needs the state: `RECIPES[name].make()`.
 
   Raises:
     ValueError: for an unknown name, listing the known ones.
   """
   if name not in RECIPES:
     raise ValueError(f"no recipe {name!r}; there are {', '.join(sorted(RECIPES))}")
-  return RECIPES[name].make()
+  return without_state(RECIPES[name].make())
 
 
 def table() -> str:
