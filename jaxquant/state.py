@@ -41,6 +41,17 @@ def init_quant(model: nn.Module, variables: dict, recipe: Recipe, *args: object)
   Raises:
     ValueError: if a site's state came out of no scope, which `nn.scan` does silently unless the
       model lists the collection "quant" in its variable_axes.
+
+  Example:
+    >>> from jaxquant.formats import E4M3_TENSOR
+    >>> from jaxquant.ops.qdot import Operand, Rule
+    >>> from jaxquant.ops.tracked import Delayed
+    >>> model, x = nn.Dense(4, name="fc"), jnp.ones((2, 8))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> rule = Rule(x=Operand(E4M3_TENSOR, Delayed(history=2)))
+    >>> quant = init_quant(model, variables, Recipe(((".*", rule),)), x)
+    >>> sorted(quant["state"]), quant["state"]["x"]["history"].tolist()
+    (['clock', 'x'], [0.0, 0.0])
   """
   wanted: set[str] = set()
 
