@@ -35,49 +35,55 @@ SYSTEMS: dict[str, System] = {
     "T9",
     "arXiv:2505.01043",
     "int8 in all six operands; PTQ and decode too",
-    "KL 2.2e-3 on the shipped model, step 0.49 of float32 (make demo, docs/results)",
+    "KL 2.2e-3 on the shipped model, step 0.49 of float32 (make demo, docs/results); loss .999 of "
+    "float32, GLA .999 (docs/results/training.md)",
   ),
   "mxfp8": System(
     mxfp8,
     "T9",
     "arXiv:2506.08027",
     "E4M3 blocks of 32, ceil scales",
-    "step 0.54 of float32 (docs/results/train_step.md); no training comparison yet",
+    "step 0.54 of float32 (docs/results/train_step.md); loss .998 of float32, GLA 1.003 "
+    "(docs/results/training.md)",
   ),
   "nvfp4": System(
     nvfp4,
     "T1",
     "arXiv:2509.25149",
     "NVFP4: 2D weights, RHT on wgrad, SR on gradients",
-    "KL 13.7e-3 as W4A4 on the shipped model, step 0.49 of float32 (make demo, docs/results)",
+    "KL 13.7e-3 as W4A4 on the shipped model, step 0.49 of float32 (make demo, docs/results); loss "
+    "1.017 of float32, GLA 1.044 (docs/results/training.md)",
   ),
   "chon": System(
     chon,
     "T2",
     "arXiv:2602.02047",
     "NVFP4 with a patch of the worst input channels; v of softmax attention in high precision",
-    "K=512, 10 hot channels: GEMM error .129, k=32: .088, k=64: .061 (tests/ops/test_patch.py)",
+    "K=512, 10 hot channels: GEMM error .129, k=32: .088, k=64: .061 (tests/ops/test_patch.py); "
+    "loss 1.013 of float32, 1.021 without the patch (docs/results/training.md)",
   ),
   "chon_gla": System(
     functools.partial(chon, attention="gla"),
     "T2",
     "arXiv:2602.02047",
     "the same for gated linear attention: its output and gate projections in high precision",
-    "as `chon`",
+    "loss 1.028 of float32, with the patch and without it (docs/results/training.md)",
   ),
   "quartet": System(
     quartet,
     "T5",
     "arXiv:2505.14669",
     "MXFP4: QuEST scales under a Hadamard forward, unbiased SR under random ones backward",
-    "gradients equal the published algorithm's (tests/recipes/test_training_recipes.py)",
+    "gradients equal the published algorithm's (tests/recipes/test_training_recipes.py); loss "
+    "1.010 of float32, GLA 1.053 (docs/results/training.md)",
   ),
   "quartet2": System(
     quartet2,
     "T5",
     "arXiv:2601.22813",
     "NVFP4: nearest forward, MS-EDEN for all backward operands",
-    "MS-EDEN: squared error .0099 on a normal, SR .0236; slope bias < 2e-3 (tests/test_eden.py)",
+    "MS-EDEN: squared error .0099 on a normal, SR .0236; slope bias < 2e-3 (tests/test_eden.py); "
+    "loss 1.025 of float32, GLA 1.032 (docs/results/training.md)",
   ),
   "fp8_delayed": System(
     fp8,
@@ -119,7 +125,8 @@ SYSTEMS: dict[str, System] = {
     "T8",
     "arXiv:2510.25602",
     "MXINT8 in all six operands, symmetric, scales rounded up; MXFP8 is row `mxfp8`",
-    "QSNR 41.6 dB on a normal (MXFP8 31.5), theory within .7 dB (tests/test_qsnr.py)",
+    "QSNR 41.6 dB on a normal (MXFP8 31.5), theory within .7 dB (tests/test_qsnr.py); loss .998 of "
+    "float32, GLA .994 (docs/results/training.md)",
   ),
   "mxint6": System(
     functools.partial(int_vs_fp, formats.MXINT6),
@@ -140,14 +147,16 @@ SYSTEMS: dict[str, System] = {
     "T8",
     "arXiv:2510.25602",
     "MXINT4, as above",
-    "QSNR 16.9 dB on a normal (tests/test_formats.py); crossover 2.04 (tests/test_qsnr.py)",
+    "QSNR 16.9 dB on a normal (tests/test_formats.py); crossover 2.04 (tests/test_qsnr.py); loss "
+    "1.054 of float32, GLA 1.068 (docs/results/training.md)",
   ),
   "mxfp4": System(
     functools.partial(int_vs_fp, formats.MXFP4),
     "T8",
     "arXiv:2510.25602",
     "MXFP4 (E2M1), round to nearest everywhere",
-    "QSNR 18.8 dB on a normal (tests/test_formats.py)",
+    "QSNR 18.8 dB on a normal (tests/test_formats.py); loss 1.027 of float32, GLA 1.055 "
+    "(docs/results/training.md)",
   ),
   "nvint4": System(
     functools.partial(int_vs_fp, formats.NVINT4),
