@@ -12,6 +12,7 @@ recipe is measured anew.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import pathlib
@@ -111,6 +112,7 @@ class Bench:
         found = run()
       except Exception as error:  # one broken gate must not end a run of hours
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+      found = {**found, "commit": commit()}
       self._results.put(key, found)
     return found
 
@@ -167,7 +169,7 @@ def probe_values(bench: Bench, probe: Probe, variables: dict) -> list[dict[str, 
     if found is None or "error" in found:
       draws.append({"it": found})
       continue
-    shared = {"bits": None, "seconds": found["seconds"], "peak_bytes": found["peak_bytes"]}
+    shared = {"bits": None, **{k: found[k] for k in ("seconds", "peak_bytes", "commit")}}
     draws.append({label: {"value": v, **shared} for label, v in found["values"].items()})
   return draws
 
@@ -288,7 +290,8 @@ def render(verdicts: Sequence[Verdict], bench: Bench, command_line: str) -> str:
   for verdict in verdicts:
     for cells in rows(verdict):
       lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-  parts = (provenance(bench, command_line), EXPLAINED, f"Verdicts: {summary}.", "\n".join(lines))
+  about = provenance(bench, command_line, verdicts)
+  parts = (about, EXPLAINED, f"Verdicts: {summary}.", "\n".join(lines))
   return "# Post-training quantization: gates\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -311,11 +314,14 @@ def commit() -> str:
     return "unknown"
 
 
-def provenance(bench: Bench, command_line: str) -> str:
+def provenance(bench: Bench, command_line: str, verdicts: Sequence[Verdict]) -> str:
   """What one needs to repeat it."""
   plan, about = bench.plan, bench.source.about
+  of = collections.Counter(m["commit"] for v in verdicts for d in v.draws for m in d.values())
+  measured = ", ".join(f"{name} ({count})" for name, count in of.most_common()) or "none"
   return (
-    f"Command: `{command_line}`. Commit {commit() or 'unknown'}, {datetime.date.today()}, jax "
+    f"Command: `{command_line}`. Commits that values were measured at: {measured}; written at "
+    f"{commit() or 'unknown'}, {datetime.date.today()}, jax "
     f"{jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}, "
     f"{jax.devices()[0].device_kind}. Model {about.get('name', 'unnamed')}, "
     f"{digest(bench.source.variables)[:12]}. {plan.batches} held-out batches of 8 windows, "

@@ -84,8 +84,8 @@ def _described(value: object) -> object:
   if hasattr(value, "__wrapped__"):
     return ("wrapped", _described(value.__wrapped__))
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    fields = [(f.name, _described(getattr(value, f.name))) for f in dataclasses.fields(value)]
-    return (type(value).__qualname__, *fields)
+    told = [f.name for f in dataclasses.fields(value) if not _is_off(f, getattr(value, f.name))]
+    return (type(value).__qualname__, *((name, _described(getattr(value, name))) for name in told))
   if isinstance(value, Mapping):
     return tuple((_described(k), _described(v)) for k, v in value.items())
   if isinstance(value, (tuple, list)):
@@ -94,6 +94,11 @@ def _described(value: object) -> object:
     array = np.asarray(value)
     return (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
   return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _is_off(field: dataclasses.Field, value: object) -> bool:
+  """None by default: a part that a class gains later makes no older measurement new."""
+  return value is None and field.default is None
 
 
 @dataclasses.dataclass

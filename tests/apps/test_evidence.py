@@ -1,5 +1,6 @@
 """The evidence command: verdicts of every kind, and nothing measured twice."""
 
+import dataclasses
 import json
 
 import pytest
@@ -65,6 +66,10 @@ def test_what_determines_a_measurement():
   ]
   assert len(set(prints)) == len(prints)
   assert fingerprint(w4a16_gptq()) == fingerprint(w4a16_gptq())
+  old = dataclasses.make_dataclass("D", [("a", object)])
+  new = dataclasses.make_dataclass("D", [("a", object), ("part", object, None)])
+  assert fingerprint(old(None)) == fingerprint(new(None)) != fingerprint(new(None, 0))
+  assert fingerprint(old(None)) != fingerprint(old(False))
 
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
