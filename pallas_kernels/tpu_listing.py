@@ -3,7 +3,7 @@
 libtpu dumps three files for every kernel; the model reads
   *-packed-bundles-post-ra.txt   the schedule: one bundle is one cycle, empty ones are latency;
   *-static-per-bundle-utilization.txt   slots used by each bundle;
-  *-00-original.txt              the allocations, for the VMEM size.
+  *-00-original.txt              the allocations: the VMEM size, and the SMEM at fixed addresses.
 A bundle is `0x12 LB: > { %s3_s1 = sadd.s32 1, %s2_s0  ;;  ... }`: values carry their register
 (`_s1` scalar register 1, `_p0` predicate 0), a guard stands in parentheses: `(!%p4_p0, default)`.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s+(?:\w\w)?\s*:\s*[> ]*\{(.*)\}", re.S)
@@ -118,12 +118,16 @@ class SlotUse:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """One kernel: its bundles, each a list of instruction texts without comments."""
+  """One kernel: its bundles, each a list of instruction texts without comments.
+
+  `fixed` has the SMEM buffers whose address, in words, is the same in all listings.
+  """
 
   name: str
   bundles: tuple[tuple[str, ...], ...]
   slots: SlotUse
   vmem_bytes: int
+  fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def parse_bundles(text: str) -> tuple[tuple[str, ...], ...]:
@@ -156,6 +160,12 @@ def parse_vmem(text: str) -> int:
   return sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text))
 
 
+def parse_fixed(text: str) -> dict[str, int]:
+  """SMEM buffers at absolute addresses -> their word: the core's index, the runtime's state."""
+  pattern = r"(#allocation\d+) \[[^\n]*space=smem, size = \w+, offset = (\w+), fixed_abs"
+  return {name: int(offset, 16) // 4 for name, offset in re.findall(pattern, text)}
+
+
 def _first(folder: Path, pattern: str) -> str | None:
   found = sorted(folder.glob(pattern))
   return found[0].read_text() if found else None
@@ -174,6 +184,7 @@ def read_listings(folder: Path) -> dict[str, Listing]:
       parse_bundles(path.read_text()),
       parse_slots(slots) if slots else SlotUse(),
       parse_vmem(original) if original else 0,
+      parse_fixed(original) if original else {},
     )
   return listings
 
@@ -181,19 +192,29 @@ def read_listings(folder: Path) -> dict[str, Listing]:
 class Translator:
   """Instruction texts of one kernel -> Instructions.
 
+  Args:
+    bundles: those of the listing.
+    fixed: as in Listing.
+    base: where the model puts the listing's other buffers.
+
   Attributes:
     allocations: symbolic SMEM and semaphore buffers -> the address that the model gives them.
     unmodelled: scalar instructions whose results are taken as unknown.
   """
 
-  def __init__(self, bundles: Iterable[Iterable[str]]):
+  def __init__(
+    self, bundles: Iterable[Iterable[str]], fixed: Mapping[str, int] | None = None, base: int = 0
+  ):
     self.allocations: dict[str, int] = {}
+    self._fixed, self._base = fixed or {}, base
     self.unmodelled: set[str] = set()
     self._spaces = dict(_pointer_spaces(bundles))
 
   def address(self, buffer: str) -> int:
     """Where a symbolic buffer such as `#allocation3` lies; buffers are 2^20 apart."""
-    return self.allocations.setdefault(buffer, (len(self.allocations) + 1) << 20)
+    if buffer in self._fixed:
+      return self._fixed[buffer]
+    return self.allocations.setdefault(buffer, self._base + ((len(self.allocations) + 1) << 20))
 
   def translate(self, text: str) -> Instruction | None:
     """One instruction, or None for those without a part in the scalar program."""
@@ -277,7 +298,8 @@ class Translator:
     if root == "scmp" and not is_float:  # +0 makes an unknown operand raise instead of compare
       cast = f"&{_LOW32}" if ".u32" in op else "+0"
       return f"({a[0]}){cast} {_COMPARE[kind.split('.')[0]]} ({a[1]}){cast}"
-    if root in ("smov", "pmov", "scalar_parameter_address"):
+    # reloc n: where the linker puts word n of the program's registry, which is an array here
+    if root in ("smov", "pmov", "scalar_parameter_address", "reloc"):
       return a[0] if a else "None"
     if root == "pneg":
       return f"negate({a[0]})"

@@ -38,6 +38,10 @@ DMA_LATENCY = 0.45e-6  # s; fitted to a published v5e timing of a 1024^3 matmul 
 HBM_EFFICIENCY = 0.85  # reached / nominal bandwidth; fitted to published v5e and v6e timings
 TOP = "TLP"  # the listing of the program that calls the kernels
 STEPS = 5_000_000  # basic blocks after which a simulation is cut short
+# SMEM words that the runtime writes: the core's index, and the run's number, a multiple of 1024 of
+# which libtpu 0.0.51 reports to the host. The model is core 0 in run 0.
+_RUNTIME = {0x4 // 4: 0, 0xFFFE8 // 4: 0}
+_OWN = 1 << 60  # buffers of the n-th listing lie n times this far up, above all other addresses
 _MARKS = 4096  # visits of a block that are remembered, for the median of a loop's step
 
 
@@ -125,10 +129,9 @@ class _Block:
 class _Kernel:
   """The translation of one listing, shared by all its calls."""
 
-  def __init__(self, listing: Listing, generation: Generation):
-    self.listing, self.generation = listing, generation
-    self.translator = Translator(listing.bundles)
-    self.core_id = self.translator.address("#allocation0")
+  def __init__(self, listing: Listing, generation: Generation, number: int):
+    self.listing, self.generation, self.number = listing, generation, number
+    self.translator = Translator(listing.bundles, listing.fixed, number * _OWN)
     self._blocks: dict[int, _Block] = {}
 
   @functools.cached_property
@@ -206,12 +209,12 @@ def _bundle_source(instructions: Sequence[Instruction], k: int) -> list[str]:
 
 
 class _Frame:
-  """The machine's state during one call of a kernel: registers, SMEM, semaphores, counters."""
+  """The machine's state during one call of a kernel: registers, semaphores, counters; its SMEM."""
 
   def __init__(self, machine: Machine, kernel: _Kernel):
     self.machine, self.kernel = machine, kernel
     self.scalars, self.predicates, self.branch = [None] * 64, [None] * 32, [False]
-    self.memory = {kernel.core_id: 0}
+    self.memory = machine.memory
     self.semaphores = collections.defaultdict(collections.deque)
     self.tags = {self.operand(i) << shift: i for i in range(64) for shift in (0, 4)}
     self.count = collections.Counter()
@@ -284,7 +287,9 @@ class Machine:
   ):
     self.generation = generation
     self.scalars = {i: np.asarray(v) for i, v in scalars.items()}
-    self.kernels = {name: _Kernel(x, generation) for name, x in listings.items()}
+    self.kernels = {
+      name: _Kernel(listing, generation, n) for n, (name, listing) in enumerate(listings.items(), 1)
+    }
 
   def run(self, latency: float = DMA_LATENCY, bandwidth: float | None = None) -> Run:
     """Args: seconds and bytes/s of a DMA; 0 and infinity leave the compute time alone."""
@@ -294,6 +299,7 @@ class Machine:
     self.latency = latency * generation.clock
     self.hbm_free, self.executed, self.steps, self.unknown_branches = 0.0, 0, 0, 0
     self.truncated, self.traffic, self.runs = False, collections.Counter(), []
+    self.memory = dict(_RUNTIME)
     cycles = self.call(0.0, TOP)
     return Run(
       cycles=cycles,
@@ -318,6 +324,7 @@ class Machine:
     if name not in self.kernels:
       return t
     kernel = self.kernels[name]
+    self._forget(kernel)
     frame, begin, executed = _Frame(self, kernel), t, self.executed
     at, end = 0, len(kernel.listing.bundles)
     while at < end and not self.truncated:
@@ -331,6 +338,11 @@ class Machine:
       self.truncated |= self.steps > STEPS
     self.runs.append(_summary(kernel, frame, t - begin, self.executed - executed))
     return t
+
+  def _forget(self, kernel: _Kernel) -> None:
+    """Empties a kernel's own SMEM; that of its callers and the runtime's keeps what is in it."""
+    for address in [a for a in self.memory if a // _OWN == kernel.number]:
+      del self.memory[address]
 
 
 def _summary(kernel: _Kernel, frame: _Frame, cycles: float, executed: int) -> KernelRun:
