@@ -1,6 +1,7 @@
 """Training recipes: one table through the real training step, and what each of them promises.
 
-That float and packed weights give the same bits under every recipe without state is in
+What one site computes, eager, compiled, batched and scanned, is in test_training_sites.py. That
+float and packed weights give the same bits under every recipe without state is in
 tests/test_one_path.py; the patch of CHON is in tests/ops/test_patch.py, MS-EDEN in
 tests/test_eden.py, recipes that learn their quantizers in tests/quantizers.
 """
@@ -148,23 +149,6 @@ def test_many_models_at_once():
     assert apart(change(one.params, found.params), change(one.params, alone.params)) < 1e-3
     for a, b in zip(jax.tree.leaves(found.quant), jax.tree.leaves(alone.quant), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5)
-
-
-def test_eager_is_jit():
-  """y, dx and dw of one site with all that is random. Scales and codes are equal, sums not always.
-
-  Formats and stochastic rounding: tests/test_formats.py and tests/ops/test_qdot.py.
-  """
-  rule = RECIPES["quartet2"].rule("layers/up")
-  shapes = {"x": (32, 32), "w": (32, 48), "g": (32, 48)}
-  x, w, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes.values()))
-
-  def run(x, w, g):
-    y, pull = jax.vjp(lambda x, w: qdot(x, w, rule, jax.random.key(3)), x, w)
-    return y, *pull(g)
-
-  for a, b in zip(run(x, w, g), jax.jit(run)(x, w, g)):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("name", STATEFUL)
