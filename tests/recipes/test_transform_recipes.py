@@ -32,6 +32,7 @@ from jaxquant.recipes.weight_only.affinequant import affinequant
 from jaxquant.recipes.weight_only.awq import awq
 from jaxquant.solvers.gptq import gptq
 from jaxquant.solvers.rtn import rtn
+from jaxquant.steps.channels import OutlierChannels
 from jaxquant.tensor import is_qtensor
 
 SHAPE = TransformerShape(
@@ -74,6 +75,7 @@ SYSTEMS = {
   "noisyquant": noisyquant(ratios=(0.5, 1.0)),
   "qoq_keys": qoq(rotate=False, keys=True),
   "fireq_keys": fireq(keys=True),
+  "outlier_channels": both(F.INT4, OutlierChannels()),
 }
 
 
