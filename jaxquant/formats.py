@@ -191,6 +191,7 @@ MXINT6 = Format(int_grid(6), 32, scale=E8M0)
 MXINT4 = Format(int_grid(4), 32, scale=E8M0)
 NVFP4 = Format(E2M1, 16, scale=PER_TENSOR_E4M3)
 NVFP4_2D = Format(E2M1, 16, 16, scale=PER_TENSOR_E4M3)
+NVFP4_ROW = Format(E2M1, 16, scale=Format(E4M3))  # one float32 per token of x, or column of w
 NVINT4 = Format(int_grid(4), 16, scale=PER_TENSOR_E4M3)
 FP4_UE5M3 = Format(E2M1, 32, scale=UE5M3)
 FP4_UE5M3_TENSOR = Format(E2M1, 16, scale=PER_TENSOR_UE5M3)

@@ -2,7 +2,7 @@
 
 Each returns a QTensor scale for a format whose `scale` is a Format: integers under one scale per
 column (QoQ, DGQ), powers of two under one per column (ZeroQuant-FP), E4M3 under a power of two per
-tensor (FireQ). The rule of NVFP4 is in `jaxquant.scales`.
+tensor (FireQ) or one float32 per token. The rule of NVFP4 is in `jaxquant.scales`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,26 @@ def halvings(*, clip: bool = False) -> ScaleRule:
     return Scales(QTensor(power_of_two(-k), top, fmt=fmt.scale))
 
   return rule
+
+
+@parametrised
+def per_row(rule: ScaleRule) -> ScaleRule:
+  """A rule with a scale per tensor, for each row of x [M, K] as if it were the tensor.
+
+  For formats whose scales have one scale along K, such as NVFP4_ROW: a token's codes then depend on
+  that token alone (Transformer Engine's row-scaled activations).
+
+  Args:
+    rule: `scales.nvfp4`, `scales.four_over_six`, ...
+  """
+
+  def of_rows(blocks: jax.Array, fmt: Format) -> Scales:
+    if blocks.shape[-3] != 1:
+      raise ValueError(f"per_row is for activations, blocked along axis -1; {fmt} came along -2")
+    found = jax.tree.map(lambda a: a.squeeze(-2), rule(jnp.expand_dims(blocks, -4), fmt))
+    return found._replace(scale=found.scale.replace(axis=-1))
+
+  return of_rows
 
 
 def power_of_tensor(blocks: jax.Array, fmt: Format) -> Scales:

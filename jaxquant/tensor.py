@@ -201,10 +201,10 @@ def rounded(product: jax.Array) -> jax.Array:
 def _factors(scale: jax.Array | QTensor) -> list[jax.Array]:
   """The scale as factors, in the order in which elements are multiplied by them.
 
-  A scale per tensor comes last: e2m1 * e4m3 is exact, so NVFP4 rounds once, as in a GEMM that
-  applies the tensor scale to its result.
+  A scale's own scale comes last if all of K shares it, per tensor or per row of x: e2m1 * e4m3 is
+  exact, so NVFP4 rounds once, as in a GEMM that applies the tensor scale to its result.
   """
-  if not isinstance(scale, QTensor) or (scale.fmt.block, scale.fmt.block_n) != (None, None):
+  if not isinstance(scale, QTensor) or scale.fmt.block or scale.fmt.block_n not in (None, 1):
     return [scale_values(scale)]
   if scale.zero_point is not None or scale.offset is not None:
     return [scale_values(scale)]

@@ -153,14 +153,15 @@ def is_unit(q: Operand) -> bool:
   if constant_scale(q):
     return elem <= 8
   scale = fmt.scale.elem if isinstance(fmt.scale, Format) else fmt.scale
-  if scale is None or (isinstance(fmt.scale, Format) and fmt.scale != _per_tensor(scale)):
+  if scale is None or (isinstance(fmt.scale, Format) and fmt.scale not in _along_k(scale)):
     return False
   bits = significant_bits(scale)
   return elem + bits - (bits == 1) <= 8
 
 
-def _per_tensor(elem: Grid) -> Format:
-  return Format(elem, None, None)
+def _along_k(elem: Grid) -> tuple[Format, Format]:
+  """Scales with one float32 for all of K: per tensor, or per row of x and column of w."""
+  return Format(elem, None, None), Format(elem)
 
 
 def unit_values(q: QTensor) -> tuple[jax.Array, jax.Array | float]:

@@ -34,7 +34,7 @@ from jaxquant.ops.rule import (
 )
 from jaxquant.ops.tracked import State, Tracked
 from jaxquant.rounding import fold, nearest_even, uniform
-from jaxquant.tensor import QTensor, dequantize
+from jaxquant.tensor import QTensor, dequantize, pack
 
 __all__ = [
   "FLOAT",
@@ -222,8 +222,8 @@ def _fwd(
   rule: Rule, x: jax.Array, w: jax.Array | QTensor, key: jax.Array | None, state: dict[str, State]
 ) -> tuple:
   y, xq, wq, turned = _forward(rule, x, w, key, state)
-  keep_x = x if rule.wgrad_x.source is Source.ORIGINAL else xq
-  keep_w = w if rule.dgrad_w.source is Source.ORIGINAL else wq
+  keep_x = x if rule.wgrad_x.source is Source.ORIGINAL else _kept(rule, xq)
+  keep_w = w if rule.dgrad_w.source is Source.ORIGINAL else _kept(rule, wq)
   # What only an estimator needs; None takes no memory.
   pairs = ((rule.x, turned[0], xq), (rule.w, turned[1], wq))
   estimated = tuple((a, q) if operand.gradient else None for operand, a, q in pairs)
@@ -231,6 +231,10 @@ def _fwd(
   if rule.patch is not None:
     seen["patch"] = rule.patch.observe(*turned, xq, wq)
   return y, (keep_x, keep_w, _like(x), _like(w), key, state, estimated, seen)
+
+
+def _kept(rule: Rule, q: jax.Array | QTensor) -> jax.Array | QTensor:
+  return pack(q) if rule.keep_packed and isinstance(q, QTensor) else q
 
 
 def _tracked(rule: Rule, arrays: tuple, names: tuple[str, str]) -> list[tuple]:
@@ -290,7 +294,12 @@ def _gemm(
     for i, (a, o, axis, name) in enumerate(zip(turned, operands, axes, names))
   ]
   seen = {n: t.observe(a) for n, t, a in _tracked(rule, turned, names)}
-  return dispatch.contract(*encoded, g.dtype, axes=Axes(*axes), out=out), seen
+  dot = functools.partial(dispatch.contract, dtype=g.dtype, axes=Axes(*axes), out=out)
+  d = dot(*encoded)
+  if names[0] == "wgrad_x" and rule.patch is not None and rule.patch.wgrad:
+    index = state["patch"]["index"]
+    d = d.at[index].add(rule.patch.rows(*turned, *encoded, index, dot))
+  return d, seen
 
 
 def _through(

@@ -107,6 +107,8 @@ class Rule:
     wgrad_g: output gradient in dw = x^T g, blocked along M.
     patch: channels whose residuals go into y again.
     learned: a quantizer with parameters of its own, between the inputs and the six operands.
+    keep_packed: what the backward pass needs of quantized x and w (`Source.FORWARD`) is kept in the
+      format's container: the same values in its bits instead of 32, for the time of packing.
   """
 
   x: Operand = Operand()
@@ -117,6 +119,7 @@ class Rule:
   wgrad_g: Operand = Operand()
   patch: HotChannels | None = None
   learned: Learned | None = None
+  keep_packed: bool = False
 
   def __post_init__(self) -> None:
     """Raises ValueError for operands that cannot go together."""
@@ -135,6 +138,11 @@ class Rule:
       raise ValueError(
         "Rule: a patch repairs the residuals of x and w, so both have a format and no rotation; "
         f"got x {self.x}, w {self.w}"
+      )
+    if self.patch and self.patch.wgrad and None in (self.wgrad_x.fmt, self.wgrad_g.fmt):
+      raise ValueError(
+        "Rule: a patch of wgrad repairs the residuals of its operands, so both have a format; got "
+        f"wgrad_x {self.wgrad_x}, wgrad_g {self.wgrad_g}"
       )
     for name, operand in self.operands.items():
       if operand.gradient and (name not in ("x", "w") or operand.fmt is None):
@@ -175,6 +183,7 @@ class Rule:
     parts = [f"{n} {o}" for n, o in quantized.items()]
     parts += [str(self.patch)] if self.patch else []
     parts += [str(self.learned)] if self.learned else []
+    parts += ["kept packed"] * self.keep_packed
     return "  ".join(parts) or "float"
 
 

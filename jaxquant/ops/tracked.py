@@ -113,12 +113,16 @@ class HotChannels:
   interval and the precision of the residuals are not in what could be read, the defaults are
   ours). With K + k, as [x~, R_x] [w~; R_w], the formula adds R_x R_w and repairs nothing.
 
+  The rows I of dw = x~^T g~ may get the same (`wgrad`), R_x[:, I]^T g~ + x~[:, I]^T R_g with the
+  residuals of wgrad's operands: R_x^T R_g is left of them. That is ours too.
+
   Attributes:
     k: channels, a multiple of 16 for NVFP4; None: a sixteenth of K, at least 16.
     fmt: of the residuals; None: high precision.
     x: patch the residual of x.
-    w: patch the residual of w.
+    w: patch that of the other operand, w or g.
     every: steps between two choices of I.
+    wgrad: patch dw too.
   """
 
   k: int | None = None
@@ -126,6 +130,7 @@ class HotChannels:
   x: bool = True
   w: bool = True
   every: int = 100
+  wgrad: bool = False
 
   def size(self, channels: int) -> int:
     """How many of K channels are patched."""
@@ -152,6 +157,21 @@ class HotChannels:
     terms = [(self._kept(left, -1), on)] * self.x + [(at, self._kept(right, -2))] * self.w
     return sum((contract(a, b) for a, b in terms), jnp.float32(0))
 
+  def rows(
+    self,
+    x: jax.Array,
+    g: jax.Array,
+    xq: QTensor,
+    gq: QTensor,
+    index: jax.Array,
+    contract: Callable[[object, object], jax.Array],
+  ) -> jax.Array:
+    """What the patch adds to the rows I of dw = x^T g, float32 [k, N]; x [M, K], g [M, N]."""
+    at, on = dequantize(xq)[:, index], dequantize(gq)
+    left, right = (a.astype(jnp.float32) - q for a, q in ((x[:, index], at), (g, on)))
+    terms = [(self._kept(left, -2), on)] * self.x + [(at, self._kept(right, -2))] * self.w
+    return sum((contract(a, b) for a, b in terms), jnp.float32(0))
+
   def _kept(self, residual: jax.Array, axis: int) -> jax.Array:
     if self.fmt is None:
       return residual
@@ -176,7 +196,8 @@ class HotChannels:
   def __str__(self) -> str:
     """`patch(k=32 of x and w, every 100)`."""
     sides = " and ".join(["x"] * self.x + ["w"] * self.w)
-    return f"patch(k={self.k or 'K/16'} of {sides}, every {self.every})"
+    wgrad = ", wgrad too" * self.wgrad
+    return f"patch(k={self.k or 'K/16'} of {sides}, every {self.every}{wgrad})"
 
 
 class Learned:

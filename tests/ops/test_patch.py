@@ -10,8 +10,10 @@ import pytest
 import jaxquant as jq
 from jaxquant import formats
 from jaxquant.encoding import encode
-from jaxquant.ops.qdot import Operand, Rule, qdot
+from jaxquant.ops.qdot import Operand, Rule, qdot, quantize_operand
 from jaxquant.ops.tracked import HotChannels
+from jaxquant.recipes.training import chon
+from jaxquant.rounding import fold
 
 K, HOT, DRAWS = 512, 10, 3
 NVFP4 = Operand(formats.NVFP4)
@@ -162,6 +164,40 @@ def test_the_backward_pass_sees_no_patch():
   (a, b), (c, d) = run(x[0], w[0], chosen(32)[1][0])
   np.testing.assert_array_equal(a, c)
   np.testing.assert_array_equal(b, d)
+
+
+def test_patched_rows_of_dw_keep_the_second_order_term():
+  """Under RHT and stochastic rounding; all other rows are those without the patch, bit for bit."""
+  rng = np.random.default_rng(0)
+  x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((96, 64), (64, 48), (96, 48)))
+  index = np.array([3, 7, 40], np.int32)
+  made = {t: chon(k=3, residual=None, patch_wgrad=t).rule("up") for t in (False, True)}
+  key, state = jax.random.key(0), {"patch": {"index": index, "seen": jnp.zeros(64)}}
+
+  @jax.jit
+  def run(x, w, g):
+    dw = lambda rule: jax.vjp(lambda w: qdot(x, w, rule, key, state), w)[1](g)[0]
+    wgrad = fold(fold(key, 0), 2)  # of the third GEMM
+    operands = ((x, made[True].wgrad_x, False), (g, made[True].wgrad_g, True))
+    turned = [quantize_operand(a, Operand(rotation=o.rotation), -2, wgrad) for a, o, _ in operands]
+    codes = [quantize_operand(a, o, -2, wgrad, rhs=r) for a, o, r in operands]
+    return dw(made[False]), dw(made[True]), turned, [jq.dequantize(q) for q in codes]
+
+  plain, patched, turned, values = jax.device_get(run(x, w, g))
+  others = np.setdiff1d(np.arange(64), index)
+  np.testing.assert_array_equal(patched[others], plain[others])
+  exact = np.float64(x).T @ g
+  rx, rg = (np.float64(a) - q for a, q in zip(turned, values))
+  want = (exact - rx.T @ rg)[index]
+  # float32 sums of three products over 96 tokens
+  np.testing.assert_allclose(patched[index], want, rtol=0, atol=4e-6 * np.abs(exact).max())
+  off = lambda dw: np.linalg.norm((dw - exact)[index]) / np.linalg.norm(exact[index])
+  assert off(patched) < 0.2 * off(plain)
+
+
+def test_a_patch_of_wgrad_needs_its_operands_quantized():
+  with pytest.raises(ValueError, match="a patch of wgrad repairs the residuals of its operands"):
+    Rule(x=NVFP4, w=NVFP4, patch=HotChannels(wgrad=True))
 
 
 @pytest.mark.parametrize(("channels", "k", "size"), [(64, None, 16), (4096, None, 256), (8, 16, 8)])

@@ -20,7 +20,7 @@ from jaxquant import checkpoint, formats, scales, training
 from jaxquant.encoding import encode
 from jaxquant.models import Transformer, TransformerShape
 from jaxquant.models.decoder import unstack_layers
-from jaxquant.ops.qdot import FLOAT, qdot
+from jaxquant.ops.qdot import FLOAT, Source, qdot
 from jaxquant.ops.tracked import Delayed
 from jaxquant.recipes.index import by_name
 from jaxquant.recipes.training import chon, fp8, nvfp4, quartet, switchback
@@ -195,6 +195,7 @@ def test_tiles_make_a_weight_and_its_transpose_the_same_numbers():
     ("disable_2d", {"w", "dgrad_w"}),
     ("shrink", {"dgrad_g", "wgrad_g"}),
     ("four_over_six", {"x", "w", "dgrad_w"}),
+    ("row_scaled", {"x"}),
   ],
 )
 def test_knobs_of_nvfp4(knob, moved):
@@ -202,6 +203,43 @@ def test_knobs_of_nvfp4(knob, moved):
   plain, rule = nvfp4().rule("up"), nvfp4(**{knob: True}).rule("up")
   assert {n for n, o in rule.operands.items() if o != plain.operands[n]} == moved
   assert rule.needs_key == (knob != "disable_sr")
+
+
+def test_a_row_scaled_token_is_quantized_as_if_alone():
+  """Codes, block scales and float32 scales, under either rule; tokens of very different sizes."""
+  x = jax.random.normal(jax.random.key(0), (24, 64)) * jnp.exp2(jnp.arange(-12.0, 12.0))[:, None]
+  of = lambda operand: jax.jit(lambda x: encode(x, operand.fmt, axis=-1, rule=operand.scales))
+  for options in ({}, {"four_over_six": True}):
+    row, plain = (nvfp4(row_scaled=r, **options).rule("up").x for r in (True, False))
+    q, alone = of(row)(x), jax.vmap(of(plain))(x[:, None])
+    for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(alone), strict=True):
+      np.testing.assert_array_equal(a, b[:, 0])
+    flushed = [float((jq.dequantize(q) == 0).mean()) for q in (q, of(plain)(x))]
+    assert 2 * flushed[0] < flushed[1]
+  with pytest.raises(ValueError, match="per_row is for activations"):
+    encode(x, row.fmt, axis=-2, rule=row.scales)
+
+
+@pytest.mark.parametrize("source", Source)
+def test_backward_override(source):
+  """The forward bits of NVFP4; dx and dw are float32 products of the original or forward x, w."""
+  rng = np.random.default_rng(0)
+  x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((32, 64), (64, 48), (32, 48)))
+  rule, plain = nvfp4(backward_override=source).rule("up"), nvfp4().rule("up")
+  assert not rule.needs_key
+
+  @jax.jit
+  def run(x, w, g):
+    y, pull = jax.vjp(lambda x, w: qdot(x, w, rule), x, w)
+    want = qdot(x, w, plain, jax.random.key(0))
+    q = (encode(x, rule.x.fmt, axis=-1), encode(w, rule.w.fmt))
+    return y, want, *pull(g), *map(jq.dequantize, q)
+
+  y, want, dx, dw, xq, wq = run(x, w, g)
+  np.testing.assert_array_equal(y, want)
+  x, w = (x, w) if source is Source.ORIGINAL else (xq, wq)
+  for got, exact in ((dx, g @ np.float64(w).T), (dw, np.float64(x).T @ g)):
+    np.testing.assert_allclose(got, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
 SMALL = TransformerShape(

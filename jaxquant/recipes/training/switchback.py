@@ -13,9 +13,11 @@ def switchback(*, save_int8: bool = False, float_sites: str = "embed|head") -> R
   that starts at zero beside it (both belong to the optimizer and the model; details recalled).
 
   Args:
-    save_int8: keep the quantized x for dw instead of x itself (the memory-saving variant).
+    save_int8: keep the quantized x for dw, in int8, instead of x itself (the memory-saving
+      variant).
     float_sites: pattern of sites that stay in high precision.
   """
   rows, tensor = Operand(INT8), Operand(INT8_TENSOR)
-  rule = Rule(rows, tensor, rows, tensor, wgrad_x=STE if save_int8 else Operand())
+  saved = STE if save_int8 else Operand()
+  rule = Rule(rows, tensor, rows, tensor, wgrad_x=saved, keep_packed=save_int8)
   return Recipe(((float_sites, FLOAT), (".*", rule)), name="switchback")
