@@ -70,10 +70,14 @@ class Arm:
 
 
 PATCHED = ("nvfp4", "chon", "chon_unpatched", "quartet", "quartet2", "mxfp4", "mxint4", "mxfp8")
+LARGER = ("nvfp4", "chon", "chon_32", "chon_unpatched", "quartet", "mxfp4")
 ARMS = {
   "softmax": Arm("softmax attention"),
   "gla": Arm("gated linear attention", "gla"),
   "outliers": Arm("softmax attention, outlier channels", factor=16.0, recipes=(FLOAT, *PATCHED)),
+  "larger": Arm(
+    "softmax attention, larger outlier channels", factor=64.0, recipes=(FLOAT, *LARGER)
+  ),
 }
 SHAPE = {
   "vocab": 256, "d_model": 128, "n_layers": 2, "n_heads": 4, "d_ff": 320, "max_len": 128,
@@ -289,8 +293,8 @@ twin of the same seed, with a 95 % interval: Student's over seeds for held-out t
 of each seed for the training losses of the last {last} updates (`jaxquant.paired`; this one is
 about these runs, not about other seeds). CPU ms: of all cores, for one update. Claims are judged by
 the mean over seeds; what is only reported is not judged. Outlier channels: four of every norm's
-output are 16 times larger during the whole training, and what reads them has 16 times smaller rows;
-the float run is the same, bit for bit."""
+output are 16 times (larger ones: 64 times) larger during the whole training, and what reads them
+has smaller rows; the float run is the same, bit for bit."""
 
 
 def render(found: Mapping[str, Found], plan: Plan, line: str) -> str:
@@ -315,10 +319,10 @@ def main(argv: Sequence[str]) -> None:
   """Measures as the command line says."""
   command.parse(FLAGS, __doc__, argv)
   with command.said_plainly():
-    for flag, known in ((_RECIPES, ORDERED), (_ARMS, ARMS)):
+    for flag, known in ((_RECIPES, {*ORDERED, *VARIANTS}), (_ARMS, ARMS)):
       unknown = sorted(set(flag.value) - set(known))
       if unknown:
-        raise ValueError(f"--{flag.name} {','.join(unknown)}: there are {', '.join(known)}")
+        raise ValueError(f"--{flag.name} {','.join(unknown)}: there are {', '.join(sorted(known))}")
   plan, results = Plan(_SEEDS.value, _STEPS.value), Results(pathlib.Path(_CACHE.value))
   corpus, found = data.load(), {}
   for name, arm in ARMS.items():
