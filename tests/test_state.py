@@ -119,6 +119,35 @@ def test_delayed_scales_follow_the_largest_magnitudes():
       assert not entry["seen"].any()
 
 
+def test_a_head_in_chunks_of_the_loss_keeps_state_too():
+  """`loss_chunk` uses the head once a chunk: gradients are sums, observations sums over chunks."""
+  whole, chunks = Transformer(CHUNKED), Transformer(dataclasses.replace(CHUNKED, loss_chunk=4))
+  x, g = Operand(E4M3_TENSOR, Delayed(2)), Operand(E5M2_TENSOR, Delayed(2))
+  rule = Rule(x, x, g, x, x, g, patch=HotChannels(k=16), learned=Gain())
+  recipe = Recipe((("head", rule),), name="head")
+  params = jax.jit(whole.init)(jax.random.key(0), TOKENS)["params"]
+  quant = jq.init_quant(whole, {"params": params}, recipe, TOKENS)
+
+  def run(model):
+    loss = training.from_targets(jq.quantized(model, recipe))
+    step = jax.jit(quant_state.value_and_grad(loss, recipe))
+    value, grads, seen = step({"params": params, "quant": quant}, TOKENS, {})
+    return value, grads["head"], seen["head"]["state"]
+
+  (a, dw, want), (b, dw_chunks, got) = run(whole), run(chunks)
+  # Scale 1 in both, so codes are equal; float32 sums by chunks.
+  np.testing.assert_allclose(b, a, rtol=1e-6)
+  for found, wanted in ((dw_chunks["kernel"], dw["kernel"]), (got["learned"], want["learned"])):
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=2e-6), found, wanted)
+  np.testing.assert_array_equal(got["w"]["seen"], 4 * want["w"]["seen"])  # the same in all four
+  assert want["x"]["seen"] < got["x"]["seen"] <= 4 * want["x"]["seen"]
+  hot = lambda state: set(np.argsort(state["patch"]["seen"])[-16:].tolist())
+  assert len(hot(got) & hot(want)) >= 12
+
+
+CHUNKED = dataclasses.replace(SHAPE, n_layers=1)
+
+
 def test_an_observation_is_what_the_site_saw():
   x, w = (
     jax.random.normal(jax.random.key(0), (8, 32)),

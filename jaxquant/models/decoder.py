@@ -38,7 +38,8 @@ class DecoderShape:
     param_dtype: of parameters.
     max_len: the longest sequence, and the default size of a cache.
     loss_chunk: tokens per row whose logits exist at a time when `targets` are given, and which a
-      scale per tensor spans if the head is quantized. None: all.
+      scale per tensor spans if the head is quantized; a recipe with state sees the chunks' sum, as
+      of any module that is used more than once. None: all.
     batch_axis: mesh axis that the batch is sharded over; the residual stream is held to it. Needs a
       mesh in force (`jax.set_mesh`). None: left to the compiler.
   """
@@ -227,7 +228,9 @@ def _losses(head: nn.Module, h: jax.Array, targets: jax.Array, shape: DecoderSha
   if shape.loss_chunk is None or h.shape[1] <= shape.loss_chunk:
     return one(head, None, (h, targets))[1]
   scanned = nn.scan(
-    nn.remat(one, prevent_cse=False), variable_broadcast="params", split_rngs={"sr": True}
+    nn.remat(one, prevent_cse=False),
+    variable_broadcast=["params", "quant"],
+    split_rngs={"sr": True},
   )
   pieces = tuple(chunks(x, shape.loss_chunk, "loss_chunk") for x in (h, targets))
   _, losses = scanned(head, None, pieces)
