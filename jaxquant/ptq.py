@@ -87,7 +87,7 @@ def quantize_params(
   todo = [site for site in todo if site not in trained]
   if isinstance(recipe.statistic, AttentionStatistic):
     found = attention_statistics(model, variables, recipe, batches)
-    solved = {s.keys: solve_site(s, flat[s.keys], found[s.path], recipe) for s in todo}
+    solved = {s.keys: solve_site(s, flat[s.keys], found[s.path], recipe.at(s.path)) for s in todo}
     return {**variables, "params": unflatten_dict(flat | solved)}
   in_order = _in_order(model, recipe, todo, statistics_bytes, cache)
   total = layers_in_order(model, table) if in_order else len(todo)
@@ -100,7 +100,8 @@ def quantize_params(
     for group in groups(todo, recipe.statistic, statistics_bytes):
       found = calibrate(model, variables, recipe, batches, group, find=find)
       for site in group:
-        flat[site.keys] = solve_site(site, flat[site.keys], found.pop(site.path), recipe)
+        mine = recipe.at(site.path)
+        flat[site.keys] = solve_site(site, flat[site.keys], found.pop(site.path), mine)
         bar.update()
   return {**variables, "params": unflatten_dict(flat)}
 

@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.formats import Format
 from jaxquant.ops.qdot import FLOAT, Rule
+from jaxquant.solvers.by_site import BySite
 from jaxquant.solvers.rtn import rtn
 from jaxquant.statistics import Statistic
 
@@ -29,7 +30,8 @@ class Recipe:
   Attributes:
     rules: (pattern, Rule) pairs. A site gets the first rule whose pattern matches its whole module
       path ("layers/attn/q"); a site that none matches stays in float.
-    solve: (w [K, N], statistic, Format) -> kernel, for post-training quantization.
+    solve: (w [K, N], statistic, Format) -> kernel, for post-training quantization; a
+      `jaxquant.solvers.BySite` has one for each kind of site.
     statistic: what the solver needs of the site's inputs x [M, K]; None for data-free solvers.
     name: for tables.
     inputs: what statistics are taken of: "float" inputs, those of the float model, or "quantized"
@@ -83,6 +85,11 @@ class Recipe:
     """The rule of a site; FLOAT if none matches."""
     index = self.match(path)
     return FLOAT if index is None else self.rules[index][1]
+
+  def at(self, path: str) -> Recipe:
+    """The recipe as one site sees it: with its solver."""
+    by_site = isinstance(self.solve, BySite)
+    return self.replace(solve=self.solve.at(path)) if by_site else self
 
   def replace(self, **changes: object) -> Recipe:
     """A copy with some fields changed."""

@@ -67,7 +67,8 @@ def solve_in_order(
     for group in groups(todo, recipe.statistic, statistics_bytes):
       found = calibrate(model, source, recipe, batches, group, running=running)
       for site in group:
-        flat[site.keys] = solve_site(site, flat[site.keys], found.pop(site.path), recipe)
+        mine = recipe.at(site.path)
+        flat[site.keys] = solve_site(site, flat[site.keys], found.pop(site.path), mine)
         done()
     return {**packed, "params": unflatten_dict(flat)}
 
@@ -199,6 +200,7 @@ class _Run:
         value = checked(named(first), found.pop(first.path, None), self.recipe)
         for site in (first, *others):
           keys = keys_of[site.path]
-          flat[keys] = solve_site(named(site), flat.pop(keys), value, self.recipe)
+          mine = self.recipe.at(site.path)
+          flat[keys] = solve_site(named(site), flat.pop(keys), value, mine)
           done()
     return unflatten_dict(flat)
