@@ -10,6 +10,10 @@ gap and its 95 % interval are in the progress line and in metrics.jsonl. Sources
 A late switch to another recipe, as the NVFP4 paper does (arXiv:2509.25149), is two fields:
   config.switch = {"step": 250, "recipe": mxfp8}
 
+Another optimizer is one field, or two; StableSPAM clips by itself:
+  config.optimizer.method = "stable_adamw"
+  config.optimizer.method, config.optimizer.clip = "stable_spam", None
+
 Expected: see docs/results/training.md, made by `python -m jaxquant.apps.training_evidence` with the
 same model, data and optimizer: 2.0 nats per byte or less in float32, within 3 % of it for every
 recipe but mxint4.
@@ -46,6 +50,7 @@ def get_config(what: str = "nvfp4") -> ml_collections.ConfigDict:
     "max_len": 128,
   } | MIXERS[config.architecture]
   config.optimizer = {"learning_rate": 3e-3, "warmup": 20, "weight_decay": 0.1, "clip": 1.0}
+  config.optimizer.method = "adamw"  # of jaxquant.optimizers.METHODS
   config.recipe = None if recipe == "f32" else RECIPES[recipe].make
   config.switch = None
   config.twin = None if recipe == "f32" else {"window": 100}

@@ -15,6 +15,10 @@ cast that every choice needs.
 | soft maximum | 3 (an exponential, two sums) |
 | gradient estimators | 1 to 5, see `FUNCTION_OPS` |
 
+Bytes that are kept for the backward pass are not proposals: `saved_by` counts them. Training aids
+are not part of a recipe, so they are no axis: the loss scale and the optimizer (`OPTIMIZERS`) are
+arguments of `train`.
+
 `regression` and `train` are a task small enough for hundreds of rules; benchmarks/fp4_space.py
 writes docs/results/fp4_space.md from it.
 """
@@ -30,11 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import Var
 
 from jaxquant import estimators, formats, observers, scales
 from jaxquant.formats import Format
 from jaxquant.ops.hadamard import RHT_SIGNS
 from jaxquant.ops.qdot import Operand, Rotation, Rule, qdot
+from jaxquant.optimizers import scale_by_stable_adam, scale_by_stable_spam
 from jaxquant.recipe import Recipe
 from jaxquant.recipes.training.fp4_space import fp4_space
 from jaxquant.rounding import ceil, stochastic
@@ -184,6 +190,57 @@ def overhead(
   return sum(ops[name] * sizes[name[-1]] for name in ops) / (6 * m * k * n)
 
 
+def saved_bytes(f: Callable, *args: object, held: Sequence[int] = ()) -> int:
+  """Bytes that `jax.vjp(f, *args)` keeps from the forward to the backward pass.
+
+  Counted from shapes, nothing runs; an array that is kept twice counts once.
+
+  Args:
+    f: differentiable; custom VJPs keep what their rules say.
+    *args: arrays or ShapeDtypeStructs, in trees.
+    held: numbers of the arguments that exist anyway, such as parameters; they count nothing.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    >>> saved_bytes(jnp.sin, x), saved_bytes(lambda x: 2 * x, x)  # cos x; nothing
+    (128, 0)
+  """
+  kept = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(f, *args)[1]))(*args).jaxpr
+  sizes = [len(jax.tree.leaves(a)) for a in args]
+  starts = np.cumsum([0, *sizes])
+  free = {v for i in held for v in kept.invars[starts[i] : starts[i + 1]]}
+  found = {v for v in kept.outvars if isinstance(v, Var)} - free
+  return sum(v.aval.size * v.aval.dtype.itemsize for v in found)
+
+
+def saved_by(rule: Rule, m: int, k: int, n: int, dtype: jnp.dtype = jnp.float32) -> int:
+  """Bytes that a site keeps for its backward pass beside its weight and the rule's state.
+
+  High precision keeps x. So does a rule whose backward operands come from the original x; one whose
+  operands come from the forward pass keeps the quantized x, in 32 bits or as `Rule.keep_packed`
+  says, and the quantized w, which is another array than the parameter. An estimator of gradients
+  keeps both the original and the quantized operand.
+
+  Args:
+    rule: without learned quantizers.
+    m: tokens.
+    k: contraction of the forward GEMM.
+    n: outputs.
+    dtype: of x.
+
+  Example:
+    >>> saved_by(Rule(), 64, 32, 32) == 64 * 32 * 4
+    True
+  """
+  shapes = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((k, n), jnp.float32)
+  trackers = rule.tracked
+  state = {n: t.init() for n, t in trackers.items() if n != "patch"}
+  state |= {"patch": rule.patch.init(k)} if rule.patch else {}
+  key = jax.random.key(0)
+  site = lambda x, w, state: qdot(x, w, rule, key, state)
+  return saved_bytes(site, *shapes, state, held=(1, 2))
+
+
 def gain(reference: float, loss: float, overhead: float, price: float = 1.0) -> float:
   """(reference - loss) / |reference| - price * overhead: what a choice is worth, higher is better.
 
@@ -227,24 +284,41 @@ def regression(seeds: int, steps: int, *, batch: int = 64, width: int = 32) -> R
   return Regression(*(jnp.asarray(a, jnp.float32) for a in (start, x, y)), jnp.asarray(keys))
 
 
-def train(
-  rule: Rule, task: Regression, *, loss_scales: Sequence[float] = (1.0,), rate: float = 1e-2
-) -> jax.Array:
-  """Trains a student of the teacher's shape under a rule, by Adam with a cosine to zero.
+_layers = lambda path, leaf: 1  # two in one leaf
 
-  All seeds and loss scales are one program: what depends on the rule is compiled once. Adam does
-  not see the size of gradients, so a loss scale moves nothing but their place in the format.
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+  "adam": optax.scale_by_adam(eps=1e-30),
+  "stable adam": scale_by_stable_adam(eps=1e-30, stacked=_layers),
+  # The paper's 1000 steps are a twentieth of its runs.
+  "stable spam": scale_by_stable_spam(eps=1e-30, reset=100, stacked=_layers),
+}
+
+
+def train(
+  rule: Rule,
+  task: Regression,
+  *,
+  loss_scales: Sequence[float] = (1.0,),
+  rate: float = 1e-2,
+  optimizer: optax.GradientTransformation = OPTIMIZERS["adam"],
+) -> jax.Array:
+  """Trains a student of the teacher's shape under a rule, its rate following a cosine to zero.
+
+  All seeds and loss scales are one program: what depends on the rule is compiled once. The
+  optimizers do not see the size of gradients, so a loss scale moves nothing but their place in the
+  format.
 
   Args:
     rule: of both layers.
     task: what is learned.
     loss_scales: the loss is multiplied by, [L].
-    rate: of Adam.
+    rate: at the start.
+    optimizer: what updates are before the rate, such as one of `OPTIMIZERS`.
 
   Returns:
     Mean loss over the last tenth of the steps, relative to predicting zero, [L, S].
   """
-  of_seeds = jax.vmap(lambda scale, seed: _train(rule, seed, scale, rate), (None, 0))
+  of_seeds = jax.vmap(lambda scale, seed: _train(rule, seed, scale, rate, optimizer), (None, 0))
   # Compiling is most of the work, and a third less of it without LLVM's optimization.
   run = jax.jit(jax.vmap(of_seeds, (0, None)), compiler_options={_EFFORT: 0})
   return run(jnp.asarray(loss_scales, jnp.float32), task)
@@ -253,9 +327,16 @@ def train(
 _EFFORT = "xla_backend_optimization_level"
 
 
-def _train(rule: Rule, task: Regression, scale: jax.Array, rate: float) -> jax.Array:
+def _train(
+  rule: Rule,
+  task: Regression,
+  scale: jax.Array,
+  rate: float,
+  optimizer: optax.GradientTransformation,
+) -> jax.Array:
   steps = len(task.inputs)
-  tx = optax.adam(optax.cosine_decay_schedule(rate, steps), eps=1e-30)
+  schedule = optax.cosine_decay_schedule(rate, steps)
+  tx = optax.chain(optimizer, optax.scale_by_learning_rate(schedule))
 
   def loss(weights: jax.Array, batch: tuple) -> jax.Array:
     x, y, keys = batch

@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxquant import state
+from jaxquant.optimizers import METHODS
 from jaxquant.recipe import Recipe
 from jaxquant.state import init_quant
 
@@ -72,23 +73,44 @@ def _decayed(params: optax.Params) -> optax.Params:
   return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
+def _stacked(path: tuple, leaf: jax.Array) -> int:
+  """One axis of the parameters under a layer scan numbers layers (`jaxquant.models.decoder`)."""
+  del leaf
+  return int(any(entry.key == "layers" for entry in path))
+
+
 def optimizer(
   steps: int,
   learning_rate: float,
   warmup: int,
   weight_decay: float = 0.1,
-  clip: float = 1.0,
+  clip: float | None = 1.0,
   mu_dtype: jax.typing.DTypeLike | None = None,
+  method: str = "adamw",
 ) -> optax.GradientTransformation:
   """AdamW after clipping by the global norm; linear warmup, then a cosine to 0 over `steps`.
 
-  The first moment is stored in `mu_dtype`, by default that of the parameters.
+  Args:
+    steps: of the run.
+    learning_rate: at the end of the warmup.
+    warmup: steps.
+    weight_decay: of all but the norms' scales, times the learning rate.
+    clip: of the gradients' global norm; None: not clipped, as "stable_spam" wants it.
+    mu_dtype: in which the first moment is stored; None: that of the parameters.
+    method: a name of `jaxquant.optimizers.METHODS`.
+
+  Raises:
+    ValueError: for another name.
   """
+  if method not in METHODS:
+    raise ValueError(f"optimizer: method is one of {', '.join(METHODS)}; got {method!r}")
   schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
-  adamw = optax.adamw(
-    schedule, b2=0.95, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=_decayed
+  update = optax.chain(
+    METHODS[method](mu_dtype=mu_dtype, stacked=_stacked),
+    optax.add_decayed_weights(weight_decay, _decayed),
+    optax.scale_by_learning_rate(schedule),
   )
-  return optax.chain(optax.clip_by_global_norm(clip), adamw)
+  return optax.chain(*([] if clip is None else [optax.clip_by_global_norm(clip)]), update)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ LAYERS = {
   "static_json": 6, "manifest": 6, "checkpoint_files": 6, "checkpoint": 6, "sharding": 6,
   "recipes": 7, "diagnostics": 7,
   "models": 8, "data": 8, "training": 8, "decode": 8, "evaluation": 8, "metrics": 8,
-  "acceptance": 8,
+  "acceptance": 8, "optimizers": 8,
   "gates": 8, "transform_gates": 8, "learned_gates": 8, "attention_gates": 8,
   "allocation_gates": 8,
   "pod": 8, "aot": 8, "design_space": 8,

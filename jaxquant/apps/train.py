@@ -14,7 +14,8 @@ field of it (--config.steps 100, --config.model.d_ff 512). --workdir receives
 The same command continues a run that was interrupted, by Ctrl-C or by kill -9, and ends with the
 same parameters, bit for bit, as if it had not been.
 
-Optional fields of a config:
+config.optimizer holds the arguments of jaxquant.training.optimizer: its `method` is "adamw" (the
+default) or another name of jaxquant.optimizers. Optional fields of a config:
 
   architecture  "transformer" (default) or another of jaxquant.models.architectures
   recipe        () -> Recipe; None: in float

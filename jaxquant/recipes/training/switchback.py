@@ -9,8 +9,9 @@ def switchback(*, save_int8: bool = False, float_sites: str = "embed|head") -> R
   """Int8 rows of x and g, one scale per weight; dw = x^T g in high precision.
 
   The contraction of dw is as long as the batch has tokens, and its noise grows with it; the other
-  two GEMMs are as long as the model is wide. The paper trains with StableAdamW and a layerscale
-  that starts at zero beside it (both belong to the optimizer and the model; details recalled).
+  two GEMMs are as long as the model is wide. The paper trains with StableAdamW
+  (`jaxquant.training.optimizer(..., method="stable_adamw")`) and a layerscale that starts at zero
+  beside it, which belongs to the model and is not here (details recalled).
 
   Args:
     save_int8: keep the quantized x for dw, in int8, instead of x itself (the memory-saving
