@@ -56,7 +56,10 @@ def main() -> None:
   parser.add_argument("--write", action="store_true", help="write docs/results/fp4_space.md")
   args = parser.parse_args()
   task = design_space.regression(args.seeds, args.steps)
-  plain = float(design_space.train(FLOAT, task).mean())
+  plain = {
+    name: float(design_space.train(FLOAT, task, optimizer=optimizer).mean())
+    for name, optimizer in design_space.OPTIMIZERS.items()
+  }
   naive = design_space.train(design_space.choose().rule("layer"), task)
   naive = np.asarray(naive, np.float64)[0]
   header = ["options", "loss, scaled 2^-8", "1", "2^8", "less naive", "overhead 1e-3", "saved MiB"]
@@ -66,9 +69,10 @@ def main() -> None:
     rows.append(row(labels, naive, task))
     print(" | ".join(rows[-1]), flush=True)
   if args.write:
+    ends = ", ".join(f"{loss:.4f} ({name})" for name, loss in plain.items())
     body = (
       f"Two layers of 32, {args.steps} steps of Adam, {args.seeds} teachers; the float32 student "
-      f"ends at {plain:.4f}. Losses are of the last tenth of the steps, with the loss multiplied "
+      f"ends at {ends}. Losses are of the last tenth of the steps, with the loss multiplied "
       "by three scales. Less naive: against naive MXFP4 (the first row), paired by teacher, mean "
       "and standard error. Overhead: operations of quantization over those of three GEMMs of "
       f"{SIZE} (`design_space.overhead`, proposed constants). Saved: what such a site keeps for "
