@@ -26,7 +26,8 @@ class Percentile:
   DGQ's smoothing (arXiv:2310.04836, section 3.3). It has no power to tune.
 
   Attributes:
-    share: of the channels that count as outliers.
+    share: of the channels that count as outliers. Where more of them are outliers, `b` is one of
+      them and nothing is smoothed.
     norms_only: leave v -> o and up -> down alone.
   """
 
