@@ -6,6 +6,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+export OPENBLAS_NUM_THREADS ?= 1  # its threads spin: see BUILD_NOTES, XLA:CPU
 
 .PHONY: help install demo test lint format types kernels clean
 
