@@ -6,7 +6,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
-export OPENBLAS_NUM_THREADS ?= 1  # its threads spin: see BUILD_NOTES, XLA:CPU
+# LAPACK's threads spin beside other work: BUILD_NOTES, "XLA:CPU, as measured".
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: help install demo test lint format types kernels clean
 
