@@ -1,5 +1,6 @@
 """k-means and vector quantization with error feedback."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ from jaxquant.recipes.weight_only.vptq import FP16_CODEWORDS
 from jaxquant.recipes.weight_only.vptq import vptq as recipe
 from jaxquant.solvers import error_feedback, gptq, kmeans, proxy_loss, vptq
 from jaxquant.solvers.kmeans import nearest
-from jaxquant.solvers.vq import _assign
+from jaxquant.solvers.vq import _assign, tune_books
 from jaxquant.statistics import hessian
 
 K, N = 96, 64
@@ -111,7 +112,9 @@ def test_golden_assignment(name):
   perm = np.argsort(-np.diag(h), kind="stable")
   push = error_feedback(jnp.asarray(h[perm][:, perm]))
   books = tuple(map(jnp.asarray, books))
-  index, errors, rest = _assign(jnp.asarray(w[perm]), push, books, jnp.zeros(len(w), bool))
+  index, errors, rest = _assign(
+    jnp.asarray(w[perm]), push, books, jnp.zeros(len(w), bool), jnp.ones((len(w), 1))
+  )
   got = np.stack(index)[:, np.argsort(perm)]
   assert not rest.any()
   assert jnp.isfinite(errors).all()
@@ -166,7 +169,79 @@ def test_outlier_rows_are_kept():
   np.testing.assert_allclose(to_dense(q)[first], W[first], atol=2e-4)  # float16
 
 
-@pytest.mark.parametrize("options", [{}, {"k_residual": 16, "outliers": 0.05}], ids=["1", "2"])
+# Codewords tuned under fixed indices.
+
+TUNED = {
+  "one book": {},
+  "two books, outliers": {"k_residual": 16, "outliers": 0.1, "normalize": True},
+}
+
+
+@functools.cache
+def tuned(name, tune):
+  return solve(**TUNED[name], tune=tune)
+
+
+def parts(q):
+  """Codebooks of a kernel, and the rows that are kept beside them."""
+  terms = q.terms if isinstance(q, Sum) else (q,)
+  return [t for t in terms if isinstance(t, Codebook)], [t for t in terms if isinstance(t, Sparse)]
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_lowers_the_loss_and_moves_no_index(name):
+  before, after = tuned(name, 0), tuned(name, 10)
+  assert loss(after) < 0.98 * loss(before)
+  for old, new in zip(parts(before)[0], parts(after)[0]):
+    np.testing.assert_array_equal(old.index, new.index)
+    np.testing.assert_array_equal(old.scale, new.scale)
+  for sparse in parts(after)[1]:  # their sum stays, but for float16
+    rows = sparse.index
+    np.testing.assert_allclose(to_dense(after)[rows], to_dense(before)[rows], atol=2e-3)
+
+
+def test_tuning_finds_the_least_squares():
+  """The normal equations of all codewords together, solved in float64."""
+  rng = np.random.default_rng(5)
+  sizes = (12, 5)
+  books = tuple(jnp.asarray(rng.normal(size=(c, 4)), jnp.float32) for c in sizes)
+  index = [rng.integers(0, c, (K, N // 4)) for c in sizes]
+  scale = rng.uniform(0.5, 2.0, (K, 1))
+  root = np.linalg.cholesky(np.float64(H)).T * scale.T  # of S H S, over the vectors of a row
+  design = np.concatenate(
+    [np.einsum("rk,kmc->rmc", root, np.eye(c)[i]).reshape(-1, c) for i, c in zip(index, sizes)], 1
+  )
+  wanted = np.einsum("rk,kmj->rmj", root, np.float64(W / scale).reshape(K, -1, 4)).reshape(-1, 4)
+  left = lambda book: np.square(design @ book - wanted).sum()
+  best = left(np.linalg.lstsq(design, wanted, rcond=None)[0])
+  arrays = (W, H, [jnp.asarray(i) for i in index], books, jnp.asarray(scale, jnp.float32))
+  found = tune_books(*arrays, formats.FP16, steps=40)
+  assert left(np.concatenate(found)) <= best * (1 + 1e-4) < 0.9 * left(np.concatenate(books))
+
+
+def test_tuned_codewords_stay_where_they_are_best():
+  """Codewords without vectors stay too, and so does all of it if rounding would lose."""
+  books = (jnp.asarray([[0.5, 0.0], [3.0, 3.0], [9.0, 9.0]]),)
+  index = [jnp.array([[0], [1], [0]])]
+  w = jnp.asarray([[0.0, 0.0], [3.0, 3.0], [1.0, 0.0]])
+  found = tune_books(w, jnp.eye(3), index, books, jnp.ones((3, 1)), formats.FP16, steps=5)
+  np.testing.assert_array_equal(found[0], books[0])
+  moved = tune_books(w, jnp.diag(jnp.array([3.0, 1, 1])), index, books, jnp.ones((3, 1)),
+                     formats.FP16, steps=5)  # fmt: skip
+  np.testing.assert_array_equal(moved[0], books[0].at[0].set(jnp.array([0.25, 0.0])))
+
+
+def test_channels_of_many_sizes_want_to_be_normalized():
+  w = W * jnp.exp2(jnp.arange(K) % 7.0)[:, None]
+  plain, normal = solve(w), solve(w, normalize=True)
+  assert loss(normal, w) < 0.8 * loss(plain, w)
+  np.testing.assert_allclose(normal.scale[:, 0], jnp.sqrt(jnp.square(w).mean(-1)), rtol=1e-6)
+  assert kernels.size_bits(normal) == kernels.size_bits(plain) + 32 * (K - 1)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"k_residual": 16, "outliers": 0.05, "tune": 5}], ids=["1", "2"]
+)
 def test_vmap_over_stacked_layers(options):
   other, h = problem(1)
   stacked = jax.vmap(lambda w, h: solve(w, h, **options))(jnp.stack([W, other]), jnp.stack([H, h]))
