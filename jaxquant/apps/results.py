@@ -97,8 +97,8 @@ def _described(value: object) -> object:
 
 
 def _is_off(field: dataclasses.Field, value: object) -> bool:
-  """None by default: a part that a class gains later makes no older measurement new."""
-  return value is None and field.default is None
+  """None or False by default: a part that a class gains later makes no older measurement new."""
+  return value is field.default and (value is None or value is False)
 
 
 @dataclasses.dataclass

@@ -67,8 +67,9 @@ def test_what_determines_a_measurement():
   assert len(set(prints)) == len(prints)
   assert fingerprint(w4a16_gptq()) == fingerprint(w4a16_gptq())
   old = dataclasses.make_dataclass("D", [("a", object)])
-  new = dataclasses.make_dataclass("D", [("a", object), ("part", object, None)])
-  assert fingerprint(old(None)) == fingerprint(new(None)) != fingerprint(new(None, 0))
+  for off in (None, False):
+    new = dataclasses.make_dataclass("D", [("a", object), ("part", object, off)])
+    assert fingerprint(old(None)) == fingerprint(new(None)) != fingerprint(new(None, 0))
   assert fingerprint(old(None)) != fingerprint(old(False))
 
 
