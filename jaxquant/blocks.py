@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
+from jaxquant.graph import Graph, graph_of
 from jaxquant.intercept import intercepted
 from jaxquant.kernels import Sum, is_node, pack_kernel, to_dense
 from jaxquant.model_blocks import Blocks, blocks_of
@@ -26,9 +27,10 @@ from jaxquant.ptq import quantize_params
 from jaxquant.recipe import Recipe, Solve
 from jaxquant.reconstruct import STEPS, Loss, Problem, Steps, mse, reconstruct
 from jaxquant.sites import Site, sites
-from jaxquant.solvers.learned_rounding import Learner
+from jaxquant.solvers.learned_rounding import Clipping, Learner
 from jaxquant.solvers.rtn import rtn
 from jaxquant.solving import canonical
+from jaxquant.steps.equivalent import CHANNELS, LearnScales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class BlockSolve:
     plan: how long, per window.
     window: blocks learned together.
     overlap: blocks that the next window learns again.
+    scales: between norms and their readers, learned with ranges (`Clipping`); None: they stay.
   """
 
   learner: Learner
@@ -53,12 +56,18 @@ class BlockSolve:
   plan: Steps = STEPS
   window: int = 1
   overlap: int = 0
+  scales: LearnScales | None = None
 
   def __post_init__(self) -> None:
-    """Raises ValueError for an overlap that never moves on."""
+    """Raises ValueError for an overlap that never moves on; for scales another learner ignores."""
     if not 0 <= self.overlap < self.window or not 1 <= self.plan.checks <= self.plan.steps:
       raise ValueError(
         f"BlockSolve wants 0 <= overlap < window and 1 <= checks <= steps, got {self}"
+      )
+    if self.scales is not None and not isinstance(self.learner, Clipping):
+      raise ValueError(
+        f"BlockSolve: learned scales move the weights, and {type(self.learner).__name__} keeps to "
+        "those it started from; take Clipping, or scales=None"
       )
 
   def windows(self, blocks: int) -> list[tuple[int, ...]]:
@@ -138,12 +147,12 @@ def quantize_blocks(
   start = recipe.replace(solve=solve.begin, prepare=())
   packed = quantize_params(model, variables, start, batches, progress=False)
   table = sites(model, variables, batches[0], recipe=recipe).quantized()
-  run = _Windows(blocks, recipe, table)
+  run = _Windows(blocks, recipe, table, None if solve.scales is None else graph_of(model))
   state = run.inputs(variables, packed, jnp.stack(batches))
   theta: dict[int, dict] = {}
   for window in tqdm(solve.windows(len(blocks.names)), recipe.name, disable=not progress):
     given = {i: run.block(variables, packed, i) for i in window}
-    begin = [theta.get(i) or run.start(given[i]) for i in window]
+    begin = [theta.get(i) or run.start(i, given[i]) for i in window]
     found, losses = run.solve(variables, window, begin, tuple(given.values()), state)
     if not bool(jnp.isfinite(losses).all()):
       raise ValueError(
@@ -153,7 +162,7 @@ def quantize_blocks(
     theta = dict(zip(window, found))
     done = window if window[-1] == len(blocks.names) - 1 else window[: len(window) - solve.overlap]
     for i in done:
-      params = run.finish(theta[i], given[i])
+      params = run.finish(i, theta[i], given[i])
       packed = {**packed, "params": blocks.put(packed["params"], i, params)}
       state = run.advance(i, variables, params, state)
   return packed
@@ -162,12 +171,16 @@ def quantize_blocks(
 class _Windows:
   """The functions of `quantize_blocks` for one model and recipe, compiled once per block name."""
 
-  def __init__(self, blocks: Blocks, recipe: Recipe, table: tuple[Site, ...]) -> None:
+  def __init__(
+    self, blocks: Blocks, recipe: Recipe, table: tuple[Site, ...], graph: Graph | None
+  ) -> None:
     self.blocks, self.recipe, self.learner = blocks, recipe, recipe.solve.learner
     self.sites = {
       name: {s.keys[len(name.split("/")) :]: s for s in table if s.path.startswith(f"{name}/")}
       for name in dict.fromkeys(blocks.names)
     }
+    scales = recipe.solve.scales
+    self.norms = {n: scales.norms(graph, n, s) for n, s in self.sites.items()} if scales else {}
     self.in_float = jax.jit(self._in_float, static_argnums=0)
     self.quantized = jax.jit(self._quantized, static_argnums=0)
     self.problem = functools.cache(self._problem)
@@ -203,15 +216,25 @@ class _Windows:
       {keys: after[keys] for keys in mine},
     )
 
-  def start(self, given: _Block) -> dict:
-    """The theta of each site."""
-    return {
+  def start(self, i: int, given: _Block) -> dict:
+    """The theta of each site, and of each norm whose scales are learned."""
+    norms, scales = self.norms.get(self.blocks.names[i]), self.recipe.solve.scales
+    return (scales.start(norms, given.params) if norms else {}) | {
       keys: _mapped(self.learner.start, w)(w, given.kernels[keys])
       for keys, w in given.weights.items()
     }
 
-  def finish(self, theta: dict, given: _Block) -> dict:
+  def moved(self, name: str, theta: dict, given: _Block) -> _Block:
+    """A block whose learned scales are in its gains and weights."""
+    if not self.norms.get(name):
+      return given
+    fold = self.recipe.solve.scales.fold
+    params, weights = fold(self.norms[name], theta, given.params, given.weights)
+    return given._replace(params=params, weights=weights)
+
+  def finish(self, i: int, theta: dict, given: _Block) -> dict:
     """Packed parameters of a block."""
+    given = self.moved(self.blocks.names[i], theta, given)
     stored = {
       keys: pack_kernel(_mapped(self.learner.finish, w)(theta[keys], w, given.kernels[keys]))
       for keys, w in given.weights.items()
@@ -246,6 +269,7 @@ class _Windows:
     def through(kernel_of: Callable) -> Callable:
       def run(theta: list, given: tuple, x: jax.Array) -> jax.Array:
         for name, t, g in zip(names, theta, given):
+          g = self.moved(name, t, g)
           of = lambda w, t, kernel: _mapped(kernel_of, w)(t, w, kernel)
           dense = {k: Sum((of(w, t[k], g.kernels[k]),)) for k, w in g.weights.items()}
           with intercepted(self.recipe):
@@ -260,7 +284,9 @@ class _Windows:
       return sum(of(w, t[k], g.kernels[k]) for t, g in pairs for k, w in g.weights.items())
 
     hard = lambda theta, w, kernel: to_dense(learner.finish(theta, w, kernel))
-    rates = lambda theta: jax.tree.map_with_path(lambda path, _: learner.rate(path[-1].key), theta)
+    scales = self.recipe.solve.scales
+    rate = lambda name: scales.learning_rate if name == CHANNELS else learner.rate(name)
+    rates = lambda theta: jax.tree.map_with_path(lambda path, _: rate(path[-1].key), theta)
     return Problem(through(learner.dense), through(hard), penalty, rates, self.recipe.solve.loss)
 
 

@@ -7,9 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxquant.formats import UINT2_G64, UINT3_G128, Format
-from jaxquant.gates import Gate
+from jaxquant.formats import INT4, UINT2_G64, UINT3_G128, Format
+from jaxquant.gates import Gate, outliers
 from jaxquant.kernels import Sum
+from jaxquant.recipes.weight_act import smoothquant
 from jaxquant.recipes.weight_only import w4a16_gptq, w4a16_rtn
 from jaxquant.recipes.weight_only.cbq import cbq
 from jaxquant.recipes.weight_only.omniquant import omniquant
@@ -54,6 +55,12 @@ LEARNED_GATES: dict[str, Gate] = {
       "rtn w3": w4a16_rtn(UINT3_G128),
     },
     lambda kl: kl["lwc w2"] <= kl["rtn w2"] and kl["lwc w3"] <= kl["rtn w3"],
+  ),
+  "omniquant_let": Gate(
+    "learned scales and ranges <= SmoothQuant at W4A4, with outlier channels",
+    {"omniquant": omniquant(INT4, INT4), "smoothquant": smoothquant(INT4)},
+    lambda kl: kl["omniquant"] <= kl["smoothquant"],
+    outliers(40),
   ),
   "cbq": Gate(
     "learned rounding across two blocks <= within one <= nearest, at 2 bits",

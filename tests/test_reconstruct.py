@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxquant as jq
 from jaxquant import formats
 from jaxquant.blocks import BlockSolve, blocks_of, quantize_blocks
 from jaxquant.formats import Format
+from jaxquant.graph import graph_of
 from jaxquant.kernels import is_node, to_dense
 from jaxquant.models import Transformer, TransformerShape, stack_layers, unstack_layers
 from jaxquant.ops.qdot import Operand, Rule, weight_only
@@ -22,6 +24,7 @@ from jaxquant.recipes.weight_only.omniquant import omniquant
 from jaxquant.recipes.weight_only.ptq161 import ptq161
 from jaxquant.reconstruct import Problem, Steps, mse, mse_cosine, mse_kl, reconstruct
 from jaxquant.solvers.learned_rounding import Clipping, Stored
+from jaxquant.steps import LearnScales
 
 SHAPE = TransformerShape(
   vocab=32, d_model=32, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, max_len=16
@@ -133,6 +136,7 @@ RECIPES = {
   "clipping": omniquant(UINT2_G16, steps=20, rate=5e-2),
   "rounding across blocks": cbq(INT3_G16, steps=40, rate=3e-2),
   "stored": ptq161(steps=20),
+  "scales and ranges": omniquant(INT3_G16, formats.INT4, steps=20, scale_rate=2e-2),
 }
 
 
@@ -162,6 +166,45 @@ def test_packed_is_the_dense_weight_and_decodes_as_before(name):
   rows = jq.report(MODEL, variables(), learned, recipe, TOKENS[0])
   assert all(np.isfinite(row.error).all() for row in rows)
   assert len(rows) == 7
+
+
+def test_learned_scales_gain_over_ranges_alone():
+  """And they end in the gains: the packed model has others than the prepared one."""
+  recipe, (_, learned) = RECIPES["scales and ranges"], solved("scales and ranges")
+  without = recipe.replace(solve=dataclasses.replace(recipe.solve, scales=None))
+  packed = jq.quantize_params(MODEL, variables(), without, TOKENS, progress=False)
+  assert block_losses(learned, recipe)[-1] < 0.98 * block_losses(packed, recipe)[-1]
+  for norm in ("attn_norm", "mlp_norm"):
+    gains = (p["params"]["layers"][norm]["scale"] for p in (learned, packed))
+    ratio = np.divide(*gains)
+    assert (np.abs(np.log(ratio)).max(-1) > 0.02).all()
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
+def test_learned_scales_keep_the_function(scan):
+  """Any theta: gains / s and rows * s are the same block in float."""
+  model = Transformer(dataclasses.replace(SHAPE, scan=scan))
+  params = variables()["params"] if scan else unstack_layers(variables()["params"])
+  blocks, learn = blocks_of(model), LearnScales()
+  name, block = blocks.names[1], flatten_dict(blocks.take(params, 1))
+  rules = ((".*/(q|k|v|gate|up|down)", weight_only(INT3_G16)),)
+  table = jq.sites(model, {"params": params}, TOKENS[0], recipe=Recipe(rules)).quantized()
+  mine = {s.keys[len(name.split("/")) :]: s for s in table if s.path.startswith(f"{name}/")}
+  weights = {keys: block[keys].reshape(len(block[keys]), -1) for keys in mine}
+  norms = learn.norms(graph_of(model), name, mine)
+  assert [norm.site for norm in norms] == ["attn_norm", "mlp_norm"]
+  theta = learn.start(norms, block)
+  theta = jax.tree.map(lambda a: jax.random.normal(jax.random.key(0), a.shape), theta)
+  params, moved = learn.fold(norms, theta, block, weights)
+  h = jax.random.normal(jax.random.key(1), (2, 8, SHAPE.d_model))
+  run = lambda flat: blocks.run(name, unflatten_dict(flat), h)
+  new = params | {keys: w.reshape(block[keys].shape) for keys, w in moved.items()}
+  np.testing.assert_allclose(run(new), run(block), atol=1e-5)
+  changed = {keys for keys in new if not jnp.array_equal(new[keys], block[keys])}
+  readers = {("attn", s, "kernel") for s in "qkv"} | {("mlp", s, "kernel") for s in ("gate", "up")}
+  assert changed == readers | {("attn_norm", "scale"), ("mlp_norm", "scale")}
+  without_v = {keys: s for keys, s in mine.items() if keys[1] != "v"}
+  assert [n.site for n in learn.norms(graph_of(model), name, without_v)] == ["mlp_norm"]
 
 
 def test_loop_and_scan_learn_the_same():
@@ -205,6 +248,8 @@ def test_errors_name_what_is_missing():
     jq.quantize_params(MODEL, variables(), recipe, None, example=TOKENS[0])
   with pytest.raises(ValueError, match="0 <= overlap < window"):
     BlockSolve(Stored(), window=1, overlap=1)
+  with pytest.raises(ValueError, match="Stored keeps to those it started from"):
+    BlockSolve(Stored(), scales=LearnScales())
   with pytest.raises(ValueError, match="not site by site"):
     recipe.solve(jnp.ones((4, 4)), None, UINT2_G16)
   hot = jax.tree.map(lambda a: a, variables())

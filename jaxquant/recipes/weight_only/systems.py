@@ -51,9 +51,10 @@ SYSTEMS: dict[str, System] = {
     omniquant,
     "W3",
     "arXiv:2308.13137",
-    "learned ranges (LWC alone), block by block",
-    "W2 g64 KL 114e-3, RTN 131e-3; W3 g128 19.1e-3, RTN 20.3e-3 "
-    "(recipes of the gate `omniquant`, 6 batches of 8 x 128)",
+    "learned ranges, and scales of quantized activations (LWC, LET), block by block",
+    "W2 g64 KL 114e-3, RTN 131e-3; W3 g128 19.1e-3, RTN 20.3e-3 (gate `omniquant`, 6 batches of "
+    "8 x 128); W4A4, outlier channels: 108e-3, ranges alone 110e-3, SmoothQuant 115e-3 "
+    "(gate `omniquant_let`, 4 batches of 8 x 128)",
   ),
   "ptq161": System(
     ptq161,
