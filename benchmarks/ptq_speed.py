@@ -1,9 +1,10 @@
 """Time and memory of post-training quantization of a 4-layer decoder, any recipe.
 
 python benchmarks/ptq_speed.py --write
-python benchmarks/ptq_speed.py --recipes w4a16_gptq,quantease
+python benchmarks/ptq_speed.py --recipes w4a16_gptq,quantease --weights donated
 
-Each recipe runs in a process of its own: once to compile, then again, which is what is timed.
+Each recipe runs in a process of its own: once to compile, then again, which is what is timed; and
+in another one with the float weights given away (`donate=True`).
 Linux only: the peak of the resident memory is reset between runs.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -52,6 +54,8 @@ GOALS = {  # seconds a layer
   "awq": 3.0,
   "smoothquant_gptq": 2.0,
 }
+WEIGHTS = ("kept", "donated")
+RETURNED = 2**20  # bytes; larger arrays go back to the system when they are freed
 MEMORY_GOAL = 1.3  # times the float model
 DEFAULT = "rtn_nvfp4,w4a16_rtn,w4a16_gptq,awq,nvfp4_calibrated,gptq_nvfp4,smoothquant_gptq"
 
@@ -76,19 +80,23 @@ def forget_peak() -> int:
   return resident("VmRSS")
 
 
-def measure(name: str, rounds: int) -> dict:
+def measure(name: str, rounds: int, donate: bool) -> dict:
   """Seconds and peak memory of one recipe in this process."""
   model = Transformer(SHAPE)
   tokens = jax.random.randint(jax.random.key(0), (BATCHES, LENGTH), 0, SHAPE.vocab)
   batches = [tokens[i : i + 1] for i in range(BATCHES)]
-  variables = jax.block_until_ready(jax.jit(model.init)(jax.random.key(1), batches[0]))
+  init = jax.jit(model.init)
+  variables = jax.block_until_ready(init(jax.random.key(1), batches[0]))
   jax.block_until_ready(jax.jit(model.apply)(variables, batches[0]))
   held = size_bytes(variables)
   wall, cpu, memory = [], [], []
   for _ in range(rounds + 1):
+    if donate and memory:  # the last run has consumed them
+      variables = jax.block_until_ready(init(jax.random.key(1), batches[0]))
     before = forget_peak()
     start, busy = time.perf_counter(), time.process_time()
-    packed = quantize_params(model, variables, recipe_of(name), batches, progress=False)
+    how = {"progress": False, "donate": donate}
+    packed = quantize_params(model, variables, recipe_of(name), batches, **how)
     jax.block_until_ready(packed)
     wall.append(time.perf_counter() - start)
     cpu.append(time.process_time() - busy)
@@ -106,7 +114,7 @@ def measure(name: str, rounds: int) -> dict:
   }
 
 
-def row(name: str, found: dict) -> list[str]:
+def row(name: str, weights: str, found: dict) -> list[str]:
   layers = SHAPE.n_layers
   wall, cpu = found["wall"] / layers, found["cpu"] / layers / os.cpu_count()
   word = {True: "met", False: "missed"}
@@ -117,7 +125,7 @@ def row(name: str, found: dict) -> list[str]:
   memory = f"{found['memory']:.2f} ({word[found['memory'] <= MEMORY_GOAL]})"
   first = [f"{found['first']:.1f}", f"{found['first_memory']:.2f}"]
   packed, load = f"{found['packed']:.2f}", f"{found['load']:.1f}"
-  return [name, f"{wall:.2f}", f"{cpu:.2f}", memory, packed, *first, load, goal]
+  return [name, weights, f"{wall:.2f}", f"{cpu:.2f}", memory, packed, *first, load, goal]
 
 
 def main() -> None:
@@ -125,17 +133,29 @@ def main() -> None:
   parser.add_argument("--recipes", default=DEFAULT, help="rows of the table of recipes, or own")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--write", action="store_true", help="write docs/results/ptq_speed.md")
+  parser.add_argument("--weights", choices=("both", *WEIGHTS), default="both")
   parser.add_argument("--one", help=argparse.SUPPRESS)  # the child's part
   args = parser.parse_args()
   if args.one:
-    print(json.dumps(measure(args.one, args.rounds)))
+    print(json.dumps(measure(args.one, args.rounds, args.weights == "donated")))
     return
+  # Else glibc keeps freed arrays of up to 32 MB, in a heap for each thread.
+  env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(RETURNED)}
   rows = []
-  for name in args.recipes.split(","):
+  weights = WEIGHTS if args.weights == "both" else (args.weights,)
+  for name, how in itertools.product(args.recipes.split(","), weights):
     command = [sys.executable, __file__, "--one", name, "--rounds", str(args.rounds)]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    rows.append(row(name, json.loads(out.splitlines()[-1])))
-  header = ["recipe", "s a layer", "CPU s a layer / cores", "peak memory", "packed"]
+    command += ["--weights", how]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout
+    rows.append(row(name, how, json.loads(out.splitlines()[-1])))
+  header = [
+    "recipe",
+    "float weights",
+    "s a layer",
+    "CPU s a layer / cores",
+    "peak memory",
+    "packed",
+  ]
   header += ["first run s", "first peak", "load", "goal"]
   table = common.markdown(header, rows)
   print(table)
@@ -146,11 +166,13 @@ def main() -> None:
       f"{BATCHES * LENGTH} calibration tokens, float32, calibration included. Wall and CPU time "
       f"are the least of {args.rounds} runs of `quantize_params` after one that compiles; the "
       "first run includes that. CPU time of all threads over the number of cores is what the wall "
-      "time would be on idle, evenly used cores. Memory is in units of the float model, which the "
-      "caller keeps: 1 + what the process has resident at its peak above what it had just before, "
-      f"the packed model included; goal <= {MEMORY_GOAL}. The first peak includes what compiling "
-      "takes. Before each run freed memory goes back to the system and the peak is reset. The "
-      "machine had other jobs (load)."
+      "time would be on idle, evenly used cores. Memory is in units of the float model: 1 + what "
+      "the process has resident at its peak above what it had just before, the packed model "
+      "included. The float weights are kept by the caller or given away (`donate=True`); "
+      f"goal <= {MEMORY_GOAL}. The first peak includes what compiling "
+      "takes. Before each run freed memory goes back to the system and the peak is reset; "
+      f"meanwhile arrays above {RETURNED >> 20} MB do at once (MALLOC_MMAP_THRESHOLD_={RETURNED}). "
+      "The machine had other jobs (load)."
       "\n\n"
       f"{table}"
     )

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from jaxquant.calibration_checks import HEALTH, checked
 from jaxquant.graph import graph_of
-from jaxquant.intercept import collect_each, rotated
+from jaxquant.intercept import collect_each, intercepted, observer, rotated
+from jaxquant.model_blocks import blocks_of
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site
 from jaxquant.statistics import Statistic, Tree, several
@@ -180,7 +181,85 @@ def accumulate(wanted: Wanted, partials: Iterator[dict[str, Tree]]) -> dict[str,
   return {path: several(*wanted[path]).finish(total.pop(path)) for path in list(total)}
 
 
+def walk_of(model: nn.Module, running: Recipe = IN_FLOAT) -> Walk:
+  """The Walk of a model, one object unless an array among the model's fields has no hash."""
+  try:
+    return _cached_walk(model, running)
+  except TypeError:
+    return Walk(model, running)
+
+
 Asked = tuple[tuple[str, tuple[Statistic, ...]], ...]  # a hashable Wanted
+
+
+class Walk:
+  """The blocks of a model one after the other, and statistics of the inputs inside.
+
+  One block's statistics and the hidden states of all batches are held at a time; no sum is held
+  twice. Compiled once per block name, and kept by `walk_of`.
+
+  Args:
+    model: with `blocks_of` registered.
+    running: how blocks run in `begin` and `advance`; statistics are those of float blocks.
+  """
+
+  def __init__(self, model: nn.Module, running: Recipe) -> None:
+    self.model, self.blocks, self.running = model, blocks_of(model), running
+    self.begin = jax.jit(self._begin)
+    self.advance = jax.jit(self._advance, static_argnums=0)
+    self._look = jax.jit(self._looked, static_argnums=(0, 1, 2), donate_argnums=5)
+
+  def _begin(self, variables: dict, batch: object) -> jax.Array:
+    with intercepted(self.running):
+      return self.blocks.begin(variables, batch)
+
+  def _advance(self, name: str, params: dict, h: jax.Array) -> jax.Array:
+    with intercepted(self.running):
+      return self.blocks.run(name, params, h)
+
+  def _looked(
+    self, name: str, asked: Asked, onward: bool, params: dict, h: jax.Array, total: dict | None
+  ) -> tuple[dict[str, Tree], jax.Array | None]:
+    """The partial results with one batch more; `onward`: what the float block puts out.
+
+    Where the output is not wanted, the compiler drops what lies behind the last site.
+    """
+    each = {path: several(*statistics) for path, statistics in asked}
+    found = dict(total or {})
+
+    def put(module: nn.Module, path: str, more: Callable[[Tree | None], Tree]) -> None:
+      del module
+      found[path] = more(found.get(path))
+
+    with intercepted(IN_FLOAT, observer(each.get, put)):
+      h = self.blocks.run(name, params, h)
+    return found, h if onward else None
+
+  def gather(
+    self, name: str, params: dict, hidden: list, asked: Asked, onward: bool
+  ) -> dict[str, tuple[Tree, ...]]:
+    """Finished statistics of one float block; `onward`: hidden becomes what the block puts out.
+
+    Raises:
+      ValueError: for a transform inside the block that lets no statistic out.
+    """
+    total = None
+    for at, h in enumerate(hidden):
+      try:
+        total, h = self._look(name, asked, onward, params, h, total)
+      except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+          f"{name}: statistics do not get out of a transform inside this block (nn.scan, nn.remat, "
+          "nn.vmap); give `blocks_of` a `run` without it, or use Recipe(inputs='float') and more "
+          "statistics_bytes"
+        ) from error
+      hidden[at] = h if onward else hidden[at]
+    return {path: several(*each).finish(total.pop(path)) for path, each in asked if path in total}
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_walk(model: nn.Module, running: Recipe) -> Walk:
+  return Walk(model, running)
 
 
 @functools.lru_cache(maxsize=64)

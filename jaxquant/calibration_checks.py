@@ -202,7 +202,12 @@ _least_damping = jax.jit(functools.partial(jax.lax.map, least_damping))
 def finite(tree: object) -> bool:
   """Whether all float arrays are finite; abstract values (`jax.eval_shape`) count as finite."""
   arrays = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
-  return all(is_abstract(a) or bool(jnp.isfinite(a).all()) for a in arrays)
+  return all(is_abstract(a) or bool(_all_finite(a)) for a in arrays)
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
 
 
 def is_abstract(array: object) -> bool:

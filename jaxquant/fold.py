@@ -7,6 +7,8 @@ D head dim, G key/value heads, L layers.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -39,7 +41,17 @@ def _outputs(flat: dict, weight: Weight, t: Callable) -> Iterator[tuple[Keys, ja
     yield weight.bias, moved.reshape(bias.shape).astype(bias.dtype)
 
 
-def fold_scale(variables: object, graph: Graph, edge: Edge, s: jax.Array) -> dict:
+def _scaled_rows(weight: Weight, old: jax.Array, rows: jax.Array) -> jax.Array:
+  flat = {weight.keys: old}
+  return _stored(flat, weight, matrix(flat, weight) * rows)
+
+
+_in_place = functools.partial(jax.jit, static_argnums=0, donate_argnums=1)(_scaled_rows)
+
+
+def fold_scale(
+  variables: object, graph: Graph, edge: Edge, s: jax.Array, *, donate: bool = False
+) -> dict:
   """Divides the channels of an edge by s and multiplies its readers' rows by s.
 
       gain / s (or writer / s);  w_kn * s_k
@@ -49,6 +61,7 @@ def fold_scale(variables: object, graph: Graph, edge: Edge, s: jax.Array) -> dic
     graph: of the model.
     edge: one of `graph.edges`.
     s: [stack..., N], non-zero, one per channel of the edge.
+    donate: the readers' parameters are consumed, changed in place.
 
   Raises:
     ValueError: if a reader is tied to another use of its parameter.
@@ -60,7 +73,10 @@ def fold_scale(variables: object, graph: Graph, edge: Edge, s: jax.Array) -> dic
       "alone. Untie it first (jaxquant.models.transformer.untie for the shipped model)."
     )
   rows = spread(edge, s)[..., None]
-  changes = {r.keys: _stored(flat, r, matrix(flat, r) * rows) for r in edge.readers}
+  changes = {}
+  for r in edge.readers:
+    alike = dataclasses.replace(r, site="", param="kernel")  # one compilation for all that are
+    changes[r.keys] = (_in_place if donate else _scaled_rows)(alike, flat[r.keys], rows)
   if isinstance(edge, Link):
     columns = s[..., None, :]
     return _with(variables, changes | dict(_outputs(flat, edge.writer, lambda w: w / columns)))

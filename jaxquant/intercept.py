@@ -282,11 +282,11 @@ def collect_each(
   """`collect` with a statistic of its own for every path; None where none is wanted."""
   wanted: dict[str, bool] = {}
 
-  def put(module: nn.Module, path: str, chosen: Statistic, value: Tree) -> None:
+  def put(module: nn.Module, path: str, more: Callable[[Tree | None], Tree]) -> None:
     wanted[path] = True
     if module.is_mutable_collection("calib"):  # not so inside a scan that does not list it
-      if module.has_variable("calib", "statistic"):
-        value = chosen.combine(module.get_variable("calib", "statistic"), value)
+      seen = module.has_variable("calib", "statistic")
+      value = more(module.get_variable("calib", "statistic") if seen else None)
       module.put_variable("calib", "statistic", value)
 
   def run(variables: object, *args: object) -> dict[str, jax.Array]:
@@ -308,23 +308,24 @@ def collect_each(
 
 def observer(
   statistic: Callable[[str], Statistic | None],
-  put: Callable[[nn.Module, str, Statistic, Tree], None],
+  put: Callable[[nn.Module, str, Callable[[Tree | None], Tree]], None],
 ) -> Visit:
-  """A visit that computes the partial result of a site's statistic and hands it to `put`.
+  """A visit that hands to `put` how the inputs of a site enter its statistic.
 
   Args:
     statistic: path -> what to compute of x [M, K], or None.
-    put: gets (module, path, statistic, partial result), once for every use of the site.
+    put: gets (module, path, more), once for every use of the site; more(partial result so far, or
+      None) is the partial result with these inputs.
   """
 
   def visit(module: nn.Module, seen: Seen) -> None:
     chosen = None if seen.call.lookup else statistic(seen.path)
     if chosen is None:
       return
-    of = chosen.of
-    for _ in range(seen.call.x.ndim - 2):
-      of = jax.vmap(of)
-    put(module, seen.path, chosen, of(seen.call.x))
+    x, of, onto = seen.call.x, chosen.of, chosen.onto
+    for _ in range(x.ndim - 2):
+      of, onto = jax.vmap(of), jax.vmap(onto)
+    put(module, seen.path, lambda partial: of(x) if partial is None else onto(partial, x))
 
   return visit
 
@@ -335,7 +336,8 @@ def rotated(statistic: Statistic, rotation: Rotation | None) -> Statistic:
   if rotation is None:
     return statistic
   turn = lambda x: quantize_operand(x, Operand(rotation=rotation), -1)
-  return dataclasses.replace(statistic, of=lambda x: statistic.of(turn(x)))
+  of, add = lambda x: statistic.of(turn(x)), lambda partial, x: statistic.onto(partial, turn(x))
+  return dataclasses.replace(statistic, of=of, add=add)
 
 
 def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, jax.Array]]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxquant.donation import layers_of
+from jaxquant.kernels import is_node
+
+Keys = tuple[str, ...]  # of a parameter below its block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,40 @@ class Blocks:
     """Parameters of block i."""
     part = params[self.names[i]]
     return jax.tree.map(lambda a: a[i], part) if self.stacked else part
+
+  def one_by_one(self, params: dict, donated: Collection[Keys] = ()) -> Iterator[dict]:
+    """Parameters of each block, in order; of stacks, those named are consumed.
+
+    They are taken apart one after the other, so that one stack is held twice at a time.
+
+    Args:
+      params: of the model, without boxes.
+      donated: keys below the name of the block.
+    """
+    apart, rest = {}, params
+    if self.stacked and donated:
+      name = self.names[0]
+      flat = flatten_dict(params[name], is_leaf=lambda _, a: is_node(a))
+      apart = {keys: layers_of(flat[keys], donate=True) for keys in donated}
+      rest = {name: unflatten_dict({k: a for k, a in flat.items() if k not in apart})}
+    for i in range(len(self.names)):
+      part = flatten_dict(self.take(rest, i), is_leaf=lambda _, a: is_node(a))
+      yield unflatten_dict(part | {keys: layers.pop(0) for keys, layers in apart.items()})
+
+  def joined(self, parts: dict[str, list[dict]]) -> dict:
+    """{name: parameters} of the model from those of each block, which are consumed on the way."""
+    if not self.stacked:
+      return {name: part for name, (part,) in parts.items()}
+    ((name, layers),) = parts.items()
+    flat = [flatten_dict(part, is_leaf=lambda _, a: is_node(a)) for part in layers]
+    parts.clear()
+    layers.clear()
+    join = lambda *a: jnp.stack(a)
+    return {
+      name: unflatten_dict(
+        {keys: jax.tree.map(join, *(part.pop(keys) for part in flat)) for keys in tuple(flat[0])}
+      )
+    }
 
   def put(self, params: dict, i: int, block: dict) -> dict:
     """The parameters with those of block i replaced."""

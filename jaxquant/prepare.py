@@ -15,10 +15,15 @@ from typing import Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
+from flax.traverse_util import flatten_dict
 
+from jaxquant.calibration import walk_of
 from jaxquant.calibration_checks import finite
+from jaxquant.donation import consume_others
 from jaxquant.graph import Graph, check, graph_of, matrix
 from jaxquant.intercept import collect
+from jaxquant.model_blocks import Blocks, blocks_of, has_blocks
 from jaxquant.recipe import Recipe
 from jaxquant.sites import flat_params
 from jaxquant.statistics import Statistic, Tree
@@ -35,12 +40,14 @@ class Context:
     graph: of the model.
     recipe: that is being applied; its rules say what each site gets afterwards.
     batches: calibration inputs.
+    donate: whether a step may consume the variables it gets.
   """
 
   model: nn.Module
   graph: Graph
   recipe: Recipe
   batches: tuple
+  donate: bool = False
 
   def quantized(self, site: str) -> bool:
     """Whether the recipe gives a site's weight or input a format."""
@@ -53,6 +60,8 @@ class Step(Protocol):
 
   Attributes:
     statistic: what it needs of the inputs at its sites; None: nothing.
+    local: True if what `apply` does to a block of the model needs this block's variables and
+      statistics alone; large statistics are then held for one block at a time. May be left out.
   """
 
   statistic: Statistic | None
@@ -72,7 +81,12 @@ class Step(Protocol):
 
 
 def prepare(
-  model: nn.Module, variables: object, recipe: Recipe, batches: Iterable | None = None
+  model: nn.Module,
+  variables: object,
+  recipe: Recipe,
+  batches: Iterable | None = None,
+  *,
+  donate: bool = False,
 ) -> dict:
   """The variables after the recipe's steps: another parameterization of the same function.
 
@@ -81,6 +95,7 @@ def prepare(
     variables: float variables.
     recipe: names the steps; without any, the variables come back as they are.
     batches: calibration inputs, each passed as `model.apply(variables, batch)`.
+    donate: the variables are consumed: what a step replaces is deleted.
 
   Returns:
     Float variables of the same structure.
@@ -104,16 +119,66 @@ def prepare(
     return variables
   graph = graph_of(model)
   check(graph, variables)
-  context = Context(model, graph, recipe, tuple(batches or ()))
+  context = Context(model, graph, recipe, tuple(batches or ()), donate)
   for step in recipe.prepare:
-    if step.statistic is None:
-      variables = step.apply(variables, context, {})
-    else:
-      for group in _groups(step, context, variables):
-        stats = statistics(step, context, variables, group)
-        variables = step.apply(variables, context, stats)
+    before = jax.tree.leaves(variables) if donate else ()
+    variables = _applied(step, variables, context)
+    consume_others(before, variables)
     _check_finite(step, variables)
   return variables
+
+
+def _applied(step: Step, variables: dict, context: Context) -> dict:
+  """The variables after one step."""
+  if step.statistic is None:
+    return step.apply(variables, context, {})
+  if not context.batches:
+    raise ValueError(
+      f"{context.recipe.name}: its step {type(step).__name__} calibrates: pass batches"
+    )
+  todo = tuple(_groups(step, context, variables))
+  if len(todo) > 1 and getattr(step, "local", False) and has_blocks(context.model):
+    blocks = blocks_of(context.model)
+    below = tuple(f"{name}/" for name in blocks.names)
+    inside = tuple(s for group in todo for s in group if s.startswith(below))
+    variables = _block_by_block(step, variables, context, blocks, inside)
+    todo = tuple(tuple(s for s in group if s not in inside) for group in todo)
+  for group in filter(None, todo):
+    variables = step.apply(variables, context, statistics(step, context, variables, group))
+  return variables
+
+
+def _block_by_block(
+  step: Step, variables: dict, context: Context, blocks: Blocks, inside: tuple[str, ...]
+) -> dict:
+  """A local step on one block after the other; all statistics are those of the model before it."""
+  walk, params = walk_of(context.model), meta.unbox(variables["params"])
+  hidden = [walk.begin(variables, batch) for batch in context.batches]
+  everything = {keys for name in blocks.names for keys in flatten_dict(params[name])}
+  each = blocks.one_by_one(params, everything if context.donate else ())
+  # Layers that were cut out of a stack are nobody else's.
+  context = dataclasses.replace(context, donate=context.donate or blocks.stacked)
+  done: dict[str, list] = {name: [] for name in blocks.names}
+  for i, name in enumerate(blocks.names):
+    block = {"params": {name: next(each)}}
+    asked = tuple((s, (step.statistic,)) for s in inside if s.startswith(f"{name}/"))
+    found = walk.gather(name, block["params"][name], hidden, asked, onward=True)
+    block = step.apply(block, context, _checked(step, found, f" (block {i})"))
+    done[name].append(block["params"].pop(name))
+  return {**variables, "params": {**params, **blocks.joined(done)}}
+
+
+def _checked(step: Step, found: dict[str, tuple[Tree]], where: str = "") -> dict[str, Tree]:
+  """The statistics of a step, taken out of `found` so that nothing else holds them."""
+  stats = {path: found.pop(path)[0] for path in tuple(found)}
+  for path, value in stats.items():
+    if not finite(value):
+      raise ValueError(
+        f"{path}{where}: its inputs are not finite on the calibration data (step "
+        f"{type(step).__name__}). Look for a NaN batch, or for an activation that overflows in the "
+        "float model."
+      )
+  return stats
 
 
 def _groups(step: Step, context: Context, variables: dict) -> Iterator[tuple[str, ...]]:
@@ -143,22 +208,13 @@ def statistics(
   """A step's statistic at some sites of the float model, over all batches.
 
   Raises:
-    ValueError: without batches; for a statistic that is not finite, naming the site.
+    ValueError: for a statistic that is not finite, naming the site.
   """
-  name, statistic = type(step).__name__, step.statistic
-  if not context.batches:
-    raise ValueError(f"{context.recipe.name}: its step {name} calibrates: pass batches")
+  statistic = step.statistic
   run = _collector(context.model, statistic, frozenset(sites))
   batches = (run(variables, batch) for batch in context.batches)
   partial = functools.reduce(_combine(statistic), batches)
-  found = {path: statistic.finish(value) for path, value in partial.items()}
-  for path, value in found.items():
-    if not finite(value):
-      raise ValueError(
-        f"{path}: its inputs are not finite on the calibration data (step {name}). Look for a NaN "
-        "batch, or for an activation that overflows in the float model."
-      )
-  return found
+  return _checked(step, {path: (statistic.finish(value),) for path, value in partial.items()})
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,18 +11,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxquant.calibration import IN_FLOAT, Asked, by_input, calibrate, groups, requests
+from jaxquant.calibration import IN_FLOAT, Walk, by_input, calibrate, groups, requests, walk_of
 from jaxquant.calibration_checks import checked
-from jaxquant.intercept import intercepted, observer
+from jaxquant.donation import consume_all
 from jaxquant.kernels import is_node
 from jaxquant.model_blocks import Blocks, blocks_of
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site, Sites, flat_params
-from jaxquant.solving import solve_site, stacked
-from jaxquant.statistics import Tree, several
+from jaxquant.solving import factored, solve_site, stacked
 
 
 def solve_in_order(
@@ -34,11 +32,12 @@ def solve_in_order(
   *,
   statistics_bytes: int,
   done: Callable[[], object],
+  donate: bool = False,
 ) -> dict:
   """The variables with every kernel that the recipe quantizes packed, block after block.
 
-  Within a block all statistics are those of its float weights. Sites before the blocks are solved
-  first, on float inputs; those behind them last, on the outputs of the blocks.
+  Within a block all statistics are those of its float weights. With float inputs the sites outside
+  the blocks are solved first; with quantized ones, those behind the blocks last, on their outputs.
 
   Args:
     model: with `blocks_of` registered.
@@ -48,6 +47,7 @@ def solve_in_order(
     table: from `sites`.
     statistics_bytes: bound on the statistics held at a time.
     done: called once for every site (every layer of a site counts, if layers are stacked).
+    donate: kernels that are packed are deleted then, stacks of them when they are taken apart.
 
   Raises:
     ValueError: a model without blocks; what `checked` and `solve_site` raise, naming the block.
@@ -59,31 +59,37 @@ def solve_in_order(
   early = {s.path for s in table.sites[:first]}
 
   in_float = recipe.inputs == "float"
-  running = IN_FLOAT if in_float else recipe
+  run = _Run(walk_of(model, IN_FLOAT if in_float else recipe), recipe, statistics_bytes)
 
   def solve_outside(packed: dict, todo: list[Site]) -> dict:
-    flat = flat_params(packed)
-    source = variables if in_float else packed
+    flat, spent = flat_params(packed), []
     for group in groups(todo, recipe.statistic, statistics_bytes):
-      found = calibrate(model, source, recipe, batches, group, running=running)
+      found = calibrate(model, packed, recipe, batches, group, running=run.walk.running)
       for site in group:
+        spent.append(flat[site.keys])
         mine = recipe.at(site.path)
         flat[site.keys] = solve_site(site, flat[site.keys], found.pop(site.path), mine)
         done()
+    if donate:
+      consume_all(spent)
     return {**packed, "params": unflatten_dict(flat)}
 
-  packed = solve_outside(variables, [s for s in outside if s.path in early])
-  run = _Run(model, blocks, recipe, running, statistics_bytes)
+  hidden = [run.walk.begin(variables, batch) for batch in batches] if in_float else []
+  packed = solve_outside(variables, [s for s in outside if in_float or s.path in early])
+  if not in_float:
+    hidden = [run.walk.begin(packed, batch) for batch in batches]
+  params = packed["params"]
   mine = {name: _inside(table.quantized(), within, name, blocks) for name in set(blocks.names)}
-  hidden = [run.begin(variables if in_float else packed, batch) for batch in batches]
+  each = blocks.one_by_one(params, mine[blocks.names[0]] if donate else ())
   solved: dict[str, list] = {name: [] for name in blocks.names}
   for i, name in enumerate(blocks.names):
-    after = run.solve(i, blocks.take(variables["params"], i), mine[name], hidden, done)
+    after = run.solve(i, next(each), mine[name], hidden, done, donate)
     solved[name].append({keys: a for keys, a in _flat(after).items() if keys in mine[name]})
     if not (in_float and mine[name]):  # else they moved on while statistics were collected
-      hidden[:] = [run.advance(name, after, h) for h in hidden]
-  params = {**packed["params"], **_joined(variables["params"], solved, blocks)}
-  return solve_outside({**packed, "params": params}, [s for s in outside if s.path not in early])
+      hidden[:] = [run.walk.advance(name, after, h) for h in hidden]
+  packed = {**packed, "params": {**params, **_joined(params, solved, blocks)}}
+  late = [] if in_float else [s for s in outside if s.path not in early]
+  return solve_outside(packed, late) if late else packed
 
 
 def layers_in_order(model: nn.Module, table: Sites) -> int:
@@ -124,83 +130,48 @@ def _flat(params: dict) -> dict:
 
 
 class _Run:
-  """The functions of `solve_in_order` for one model and recipe, compiled once per block name."""
+  """`solve_in_order` for one model and recipe."""
 
-  def __init__(
-    self, model: nn.Module, blocks: Blocks, recipe: Recipe, running: Recipe, budget: int
-  ) -> None:
-    self.model, self.blocks, self.recipe, self.running = model, blocks, recipe, running
-    self.budget = budget
-    self.begin = jax.jit(self._begin)
-    self.advance = jax.jit(self._advance, static_argnums=0)
-    self.look = jax.jit(self._look, static_argnums=(0, 1, 2), donate_argnums=5)
-
-  def _begin(self, variables: dict, batch: object) -> jax.Array:
-    with intercepted(self.running):
-      return self.blocks.begin(variables, batch)
-
-  def _advance(self, name: str, params: dict, h: jax.Array) -> jax.Array:
-    with intercepted(self.running):
-      return self.blocks.run(name, params, h)
-
-  def _look(
-    self, name: str, asked: Asked, onward: bool, params: dict, h: jax.Array, total: dict | None
-  ) -> tuple[dict[str, Tree], jax.Array | None]:
-    """The partial results of one batch added to `total`; `onward`: what the float block puts out.
-
-    Where the output is not wanted, the compiler drops what lies behind the last site.
-    """
-    each = {path: several(*statistics) for path, statistics in asked}
-    found = dict(total or {})
-
-    def put(module: nn.Module, path: str, statistic: object, value: Tree) -> None:
-      del module
-      found[path] = statistic.combine(found[path], value) if path in found else value
-
-    with intercepted(IN_FLOAT, observer(each.get, put)):
-      h = self.blocks.run(name, params, h)
-    return found, h if onward else None
-
-  def gather(
-    self, name: str, params: dict, hidden: list, asked: Asked, onward: bool
-  ) -> dict[str, Tree]:
-    """Finished statistics of one float block; `onward`: hidden becomes what the block puts out."""
-    total = None
-    for at, h in enumerate(hidden):
-      try:
-        total, h = self.look(name, asked, onward, params, h, total)
-      except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-          f"{name}: statistics do not get out of a transform inside this block (nn.scan, nn.remat, "
-          "nn.vmap); give `blocks_of` a `run` without it, or use Recipe(inputs='float') and more "
-          "statistics_bytes"
-        ) from error
-      hidden[at] = h if onward else hidden[at]
-    return {path: several(*each).finish(total.pop(path)) for path, each in asked if path in total}
+  def __init__(self, walk: Walk, recipe: Recipe, budget: int) -> None:
+    self.walk, self.recipe, self.budget = walk, recipe, budget
 
   def solve(
-    self, i: int, params: dict, mine: dict, hidden: list, done: Callable[[], object]
+    self,
+    i: int,
+    params: dict,
+    mine: dict,
+    hidden: list,
+    done: Callable[[], object],
+    donate: bool,
   ) -> dict:
     """Block i with packed kernels; with float inputs, `hidden` moves on to the next block's.
 
-    The caller keeps no reference to `params`: each weight is freed when it is solved.
+    The caller keeps no reference to `params`: each weight is freed when it is solved, if no later
+    group of statistics needs it; what the caller's caller holds too, only if it is donated.
     """
-    name, flat = self.blocks.names[i], _flat(params)
+    name, flat = self.walk.blocks.names[i], _flat(params)
     keys_of = {site.path: keys for keys, site in mine.items()}
     runs = tuple(groups(tuple(mine.values()), self.recipe.statistic, self.budget))
+    spent = []
     for group in runs:
-      together = by_input(self.model, group)
+      together = by_input(self.walk.model, group)
       asked = tuple(requests(self.recipe, [first for first, *_ in together]).items())
       onward = self.recipe.inputs == "float" and group is runs[-1]
-      found = self.gather(name, params, hidden, asked, onward)
+      found = self.walk.gather(name, params, hidden, asked, onward)
       if group is runs[-1]:
         params = None
+        consume_all(spent)
       for first, *others in together:
         named = lambda site: dataclasses.replace(site, path=f"{site.path} (block {i})")
         value = checked(named(first), found.pop(first.path, None), self.recipe)
+        solvers = {self.recipe.at(site.path) for site in (first, *others)}
+        if len(solvers) == 1:
+          value = factored(value, *solvers, len(first.shape) - 2)
         for site in (first, *others):
           keys = keys_of[site.path]
-          mine = self.recipe.at(site.path)
-          flat[keys] = solve_site(named(site), flat.pop(keys), value, mine)
+          spent += [flat[keys]] if donate else []
+          flat[keys] = solve_site(named(site), flat[keys], value, self.recipe.at(site.path))
           done()
+        if params is None:
+          consume_all(spent)
     return unflatten_dict(flat)

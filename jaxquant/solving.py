@@ -47,6 +47,32 @@ def solve_site(site: Site, weight: jax.Array, statistic: object, recipe: Recipe)
   return stacked(solved, site.stack)
 
 
+def factored(statistic: object, recipe: Recipe, lead: int) -> object:
+  """What the solver makes of a statistic once, for all weights that meet these inputs.
+
+  A solver `f` that has `f.factor`, a function (statistic, **options of f) -> value, takes this
+  value in place of the statistic (`gptq`); for others nothing happens. The statistic is consumed.
+
+  Args:
+    statistic: of one layer, [E..., ...]; nobody else needs it.
+    recipe: names the solver.
+    lead: how many axes E there are.
+  """
+  solve = recipe.solve
+  factor = getattr(getattr(solve, "func", solve), "factor", None)
+  if factor is None or statistic is None:
+    return statistic
+  return _factored(factor, tuple(getattr(solve, "keywords", {}).items()), lead, statistic)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _factored(factor: Callable, options: tuple, lead: int, statistic: object) -> object:
+  one = functools.partial(factor, **dict(options))
+  for _ in range(lead):
+    one = functools.partial(jax.lax.map, one)
+  return one(statistic)
+
+
 def learned_kernel(site: Site, weight: jax.Array, variables: dict) -> object:
   """The packed kernel of a site whose rule has learned it (`jaxquant.quantizers`).
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 Tree = jax.Array | tuple[jax.Array, ...]
+
+WHOLE = 1024  # up to here X^T X is added to a sum at once
 
 
 def amax(x: jax.Array) -> jax.Array:
@@ -76,6 +79,20 @@ def hessian(x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
   right = x if weight is None else x * weight.astype(jnp.float32)[..., None]
   # HIGHEST: TPUs and GPUs would otherwise multiply in bfloat16 or TF32.
   return jnp.einsum("...mk,...mj->...kj", x, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _hessian_onto(h: jax.Array, x: jax.Array) -> jax.Array:
+  """H + X^T X; for large K a few rows at a time, so that no product is held beside the sum."""
+  x = x.astype(jnp.float32)
+  k = x.shape[-1]
+  pieces = math.gcd(k, 8) if k > WHOLE else 1
+
+  def step(i: jax.Array, h: jax.Array) -> jax.Array:
+    take = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, i * (k // pieces), k // pieces, axis)
+    some = jnp.einsum("...mk,...mj->...kj", take(x, -1), x, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dynamic_update_slice_in_dim(h, take(h, -2) + some, i * (k // pieces), -2)
+
+  return jax.lax.fori_loop(0, pieces, step, h) if pieces > 1 else h + hessian(x)
 
 
 def rms(x: jax.Array) -> jax.Array:
@@ -200,15 +217,21 @@ class Statistic:
     of: x [..., M, K] -> partial result, an array or a tuple of arrays.
     combine: (partial, partial) -> partial; associative.
     finish: partial -> what the solver gets.
+    add: (partial, x) -> combine(partial, of(x)) in less memory; None: exactly that.
   """
 
   of: Callable[[jax.Array], Tree]
   combine: Callable[[Tree, Tree], Tree] = total
   finish: Callable[[Tree], Tree] = same
+  add: Callable[[Tree, jax.Array], Tree] | None = dataclasses.field(default=None, compare=False)
 
   def __call__(self, x: jax.Array) -> Tree:
     """The statistic of one batch x [..., M, K]."""
     return self.finish(self.of(x))
+
+  def onto(self, partial: Tree, x: jax.Array) -> Tree:
+    """The partial result with one batch x [..., M, K] more."""
+    return self.combine(partial, self.of(x)) if self.add is None else self.add(partial, x)
 
   def over(self, batches: jax.Array) -> Tree:
     """The statistic of batches [B, ..., M, K], one after the other.
@@ -220,7 +243,7 @@ class Statistic:
     """
 
     def step(partial: Tree, x: jax.Array) -> tuple[Tree, None]:
-      return self.combine(partial, self.of(x)), None
+      return self.onto(partial, x), None
 
     return self.finish(jax.lax.scan(step, self.of(batches[0]), batches[1:])[0])
 
@@ -240,7 +263,7 @@ def several(*statistics: Statistic) -> Statistic:
     True
   """
   each = lambda name: _Each(tuple(getattr(s, name) for s in statistics))
-  return Statistic(each("of"), each("combine"), each("finish"))
+  return Statistic(each("of"), each("combine"), each("finish"), _EachOnto(statistics))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +276,16 @@ class _Each:
     if len(args) == 1 and not isinstance(args[0], tuple):
       return tuple(f(args[0]) for f in self.parts)
     return tuple(f(*part) for f, *part in zip(self.parts, *args, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _EachOnto:
+  """Each partial result with x more."""
+
+  parts: tuple[Statistic, ...]
+
+  def __call__(self, partial: Tree, x: jax.Array) -> tuple[Tree, ...]:
+    return tuple(s.onto(a, x) for s, a in zip(self.parts, partial, strict=True))
 
 
 def _sum_abs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -314,7 +347,7 @@ class AttentionStatistic(Statistic):
 AMAX = Statistic(amax, largest)
 MEAN_ABS = Statistic(_sum_abs, finish=_ratio)
 RMS = Statistic(_sum_square, finish=_root_ratio)
-HESSIAN = Statistic(hessian)
+HESSIAN = Statistic(hessian, add=_hessian_onto)
 COUNT = Statistic(count)
 
 

@@ -67,7 +67,7 @@ def open_model(name: str) -> Stored:
     ValueError: nothing of ours is there.
   """
   if name == "shipped":
-    return shipped.stored()
+    return shipped.fresh()  # its variables may be donated
   path = pathlib.Path(name)
   if (path / "checkpoints").is_dir():
     return trained(path)

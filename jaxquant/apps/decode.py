@@ -144,7 +144,7 @@ def _model() -> tuple[Stored, Callable]:
     raise ValueError("--recipe packs a float --model; a --checkpoint has its recipe inside.")
   if _RECIPE.value:
     command.recipe_names(_RECIPE.value)
-    found = pack(command.open_float(_MODEL.value), _RECIPE.value)
+    found = pack(command.open_float(_MODEL.value), _RECIPE.value, donate=True)
   else:
     found = command.open_model(_CHECKPOINT.value or _MODEL.value)
   recipe = command.recipe_of(found)

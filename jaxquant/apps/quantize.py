@@ -73,6 +73,7 @@ def pack(
   seed: int = 0,
   cache: StatisticsCache | None = None,
   progress: bool = True,
+  donate: bool = False,
 ) -> Stored:
   """The source with packed weights and the provenance of both.
 
@@ -83,8 +84,10 @@ def pack(
     seed: chooses them.
     cache: keeps statistics between calls.
     progress: show a bar over the sites.
+    donate: the source's variables are consumed (`jq.quantize_params`).
   """
   recipe, shape = by_name(name), source.model.shape
+  model_digest = digest(source.variables)
   calibrates = recipe.calibrates
   batches = calibration(shape, calibration_batches, seed) if calibrates else None
   packed = jq.quantize_params(
@@ -95,6 +98,7 @@ def pack(
     example=example(shape),
     cache=cache,
     progress=progress,
+    donate=donate,
   )
   about = {
     "recipe": name,
@@ -102,7 +106,7 @@ def pack(
     "seed": seed,
     "calibration_batches": calibration_batches if calibrates else 0,
     "corpus": data.fingerprint(data.load()) if calibrates else None,
-    "model_digest": digest(source.variables),
+    "model_digest": model_digest,
     "model": source.about,
     "jaxquant": jq.__version__,
   }
@@ -140,20 +144,20 @@ def main(argv: Sequence[str]) -> None:
   with command.said_plainly():
     recipe = by_name(_RECIPE.value)
     source = command.open_float(_MODEL.value)
-  model, variables, _ = source
-  tokens = example(model.shape)
-  print(jq.sites(model, variables, tokens, recipe=recipe), "\n")
+  tokens = example(source.model.shape)
+  print(jq.sites(source.model, source.variables, tokens, recipe=recipe), "\n")
   with command.said_plainly():
     cache = StatisticsCache(_CACHE.value) if _CACHE.value else None
-    packed = pack(
-      source, recipe.name, calibration_batches=_BATCHES.value, seed=_SEED.value, cache=cache
-    )
+    options = {"calibration_batches": _BATCHES.value, "seed": _SEED.value, "cache": cache}
+    packed = pack(source, recipe.name, **options, donate=True)
     written = write(_OUT.value, packed)
+    model, variables, _ = command.open_float(_MODEL.value)  # to compare with
   batches = calibration(model.shape, _BATCHES.value, _SEED.value) if recipe.calibrates else None
-  ready = prepare(model, variables, recipe, batches)  # what was rounded: the error is its own
+  before = jq.size_bytes(variables)
+  ready = prepare(model, variables, recipe, batches, donate=True)  # the error is that of rounding
   report = jq.report(model, ready, packed.variables, recipe, tokens)
   print(f"\n{site_table(report)}\n")
-  before, after = jq.size_bytes(variables), jq.size_bytes(packed.variables)
+  after = jq.size_bytes(packed.variables)
   print(
     f"{recipe.name}: {bits_per_weight(report):.3f} bits per quantized weight; all parameters "
     f"{before:,} -> {after:,} bytes ({before / after:.2f}x smaller)."

@@ -9,6 +9,7 @@ import numpy as np
 RETRIES = 5  # with damping grown tenfold each time: from 0.01 up to 1000 times the mean diagonal
 FIRST_RETRY = 1e-3  # of the mean diagonal, if damp is below a tenth of it (damp=0)
 LEAF = 128  # a multithreaded LAPACK potrf of 1024 rows took 12 ms, but 1.2 s on busy cores
+PANEL = range(128, 385)  # rows of H that `energy` takes at a time
 LOOP = 512  # up to here a loop over leaves: three times the work of halves, half of their program
 
 
@@ -205,9 +206,12 @@ def _by_leaves(a: jax.Array) -> jax.Array:
 
 
 def energy(hessian: jax.Array, d: jax.Array) -> jax.Array:
-  """tr(D^T H D) by halves of a symmetric H: about half of the products of H D.
+  """tr(D^T H D) for a symmetric H from its lower triangle, by panels: half of the products of H D.
 
-      [[A, .], [C, B]]:  tr(D1^T A D1) + tr(D2^T B D2) + 2 tr(D2^T C D1)
+      sum_i tr(D_i^T (H_ii D_i + 2 sum_{j<i} H_ij D_j))
+
+  A loop, because XLA:CPU keeps the parts of an unrolled one side by side: 5 instead of 59 MB for
+  K = 2816, N = 1024, and 15 % less time. A K without a divisor in `PANEL` takes the whole product.
 
   Args:
     hessian: float32 [K, K], symmetric; the blocks above the diagonal are not read.
@@ -218,12 +222,19 @@ def energy(hessian: jax.Array, d: jax.Array) -> jax.Array:
     >>> float(energy(jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.ones((2, 1))))
     6.0
   """
-  k = d.shape[0]
-  if k <= LOOP // 2:
-    return (d * matmul_f32(hessian, d)).sum()
-  m = _half(k)
-  both = energy(hessian[:m, :m], d[:m]) + energy(hessian[m:, m:], d[m:])
-  return both + 2 * (d[m:] * matmul_f32(hessian[m:, :m], d[:m])).sum()
+  k, n = d.shape
+  size = max((s for s in PANEL if k % s == 0), default=k)
+  rows = lambda i: jax.lax.dynamic_slice_in_dim(d, i * size, size)
+  push = lambda i, j: matmul_f32(
+    jax.lax.dynamic_slice(hessian, (i * size, j * size), (size, size)), rows(j)
+  )
+
+  def panel(i: jax.Array, total: jax.Array) -> jax.Array:
+    start = jnp.zeros((size, n), d.dtype)
+    before = jax.lax.fori_loop(0, i, lambda j, pushed: pushed + push(i, j), start)
+    return total + (rows(i) * (push(i, i) + 2 * before)).sum(0)
+
+  return jax.lax.fori_loop(0, k // size, panel, jnp.zeros(n, d.dtype)).sum()
 
 
 def matmul_f32(a: jax.Array, b: jax.Array) -> jax.Array:

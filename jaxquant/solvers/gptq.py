@@ -37,6 +37,20 @@ class Stored(NamedTuple):
   offset: jax.Array | None
 
 
+class Factor(NamedTuple):
+  """What `gptq` needs of a Hessian, found once for all weights that meet the same inputs.
+
+  Attributes:
+    feedback: float32 [K, K] from `error_feedback`, in the order of `perm`.
+    dead: bool [K], channels that were zero for all tokens.
+    perm: int32 [K], the order to take channels in, with all scales found in w; or None.
+  """
+
+  feedback: jax.Array
+  dead: jax.Array
+  perm: jax.Array | None
+
+
 # (rows of a group, its first row) -> scales to quantize with, scales to store
 GroupScales = Callable[[jax.Array, jax.Array], tuple[Scales, Stored]]
 
@@ -44,7 +58,7 @@ GroupScales = Callable[[jax.Array, jax.Array], tuple[Scales, Stored]]
 @functools.partial(jax.jit, static_argnames=("fmt", "rule", "block", "order", "static_groups"))
 def gptq(
   w: jax.Array,
-  hessian: jax.Array,
+  hessian: jax.Array | Factor,
   fmt: Format,
   *,
   rule: ScaleRule | None = None,
@@ -64,7 +78,8 @@ def gptq(
 
   Args:
     w: [K, N].
-    hessian: X^T X, float32 [K, K], of any positive scale.
+    hessian: X^T X, float32 [K, K], of any positive scale; or what `factor` made of it with the
+      same options, of which `damp`, `order` and `static_groups` then do nothing here.
     fmt: any Format.
     rule: how scales are found; by default the one that the format implies.
     damp: added to the diagonal, relative to its mean; grows if H is not positive definite.
@@ -88,16 +103,48 @@ def gptq(
     >>> bool(proxy_loss(w, q, hessian(x)) < proxy_loss(w, r, hessian(x)))
     True
   """
-  _check(w, hessian)
+  given = isinstance(hessian, Factor)
+  _check(w, hessian.feedback if given else hessian)
+  options = {"damp": damp, "order": order, "static_groups": static_groups}
+  found = hessian if given else factor(hessian, **options)
   w = w.astype(jnp.float32)
-  w = jnp.where(dead_channels(hessian)[:, None] & jnp.isfinite(w), 0, w)
-  k = w.shape[0]
-  perm = jnp.argsort(-jnp.diagonal(hessian)) if order else jnp.arange(k)
+  w = jnp.where(found.dead[:, None] & jnp.isfinite(w), 0, w)
+  return feed_back(w, found.feedback, fmt, rule=rule, block=block, perm=found.perm)
+
+
+def factor(
+  hessian: jax.Array,
+  *,
+  damp: float = 0.01,
+  order: bool = False,
+  static_groups: bool = False,
+  **others: object,
+) -> Factor:
+  """The half of `gptq` that no weight enters.
+
+  Args:
+    hessian: X^T X, float32 [K, K].
+    damp: as in `gptq`, like the next two.
+    order: take channels by falling H_kk.
+    static_groups: find all scales in w.
+    **others: options of `gptq` that the factor does not depend on.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> w, h = jnp.array([[3.0], [7.4]]), jnp.array([[2.0, 1.0], [1.0, 2.0]])
+    >>> one, two = gptq(w, h, jq.formats.INT4), gptq(w, factor(h), jq.formats.INT4)
+    >>> bool((one.data == two.data).all())
+    True
+  """
+  del others
+  dead = dead_channels(hessian)
+  perm = jnp.argsort(-jnp.diagonal(hessian)) if order else jnp.arange(hessian.shape[0])
   if order:
     hessian = hessian[perm][:, perm]
-  feedback = error_feedback(hessian, damp)
-  static = order or static_groups
-  return feed_back(w, feedback, fmt, rule=rule, block=block, perm=perm if static else None)
+  return Factor(error_feedback(hessian, damp), dead, perm if order or static_groups else None)
+
+
+gptq.factor = factor  # `jaxquant.solving.factored` looks for it
 
 
 def feed_back(

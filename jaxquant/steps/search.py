@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.fold import fold_scale
-from jaxquant.graph import Edge, Norm, matrix, shared, spread
+from jaxquant.graph import Edge, Norm, matrix
 from jaxquant.ops.qdot import Operand, quantize_operand
 from jaxquant.prepare import Context
 from jaxquant.sites import flat_params
@@ -21,6 +22,10 @@ from jaxquant.tensor import QTensor, dequantize
 
 def _mean_and_hessian(x: jax.Array) -> tuple[Tree, jax.Array]:
   return MEAN_ABS.of(x), HESSIAN.of(x)
+
+
+def _onto(partial: tuple, x: jax.Array) -> tuple[Tree, jax.Array]:
+  return MEAN_ABS.onto(partial[0], x), HESSIAN.onto(partial[1], x)
 
 
 def _finished(partial: tuple[Tree, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -45,8 +50,9 @@ class SearchScales:
   steps: int = 20
   smallest: float = 1e-4
   statistic: Statistic | None = dataclasses.field(
-    default=Statistic(_mean_and_hessian, finish=_finished), repr=False
+    default=Statistic(_mean_and_hessian, finish=_finished, add=_onto), repr=False
   )
+  local: ClassVar[bool] = True  # an edge lies within one block, or outside of all
 
   def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
     """The first reader of each edge; the others have the same input."""
@@ -63,11 +69,8 @@ class SearchScales:
       operands = tuple(
         dataclasses.replace(context.recipe.rule(r.site).w, rotation=None) for r in readers
       )
-      find = lambda args, edge=edge, operands=operands: self._best(edge, operands, *args)
-      for _ in mean.shape[:-1]:
-        find = functools.partial(jax.lax.map, find)
-      s = jax.jit(find)((mean, h, tuple(matrix(flat, r) for r in readers)))
-      variables = fold_scale(variables, context.graph, edge, s)
+      s = _searched(self, operands, mean, h, tuple(matrix(flat, r) for r in readers))
+      variables = fold_scale(variables, context.graph, edge, s, donate=context.donate)
     return variables
 
   def _edges(self, context: Context) -> tuple[Edge, ...]:
@@ -76,20 +79,26 @@ class SearchScales:
     alone = lambda e: isinstance(e, Norm) or e.repeat == 1
     return tuple(e for e in edges(context) if weighted(e) and alone(e))
 
-  def _best(
+  def best(
     self,
-    edge: Edge,
     operands: tuple[Operand, ...],
     mean: jax.Array,
     h: jax.Array,
     weights: tuple[jax.Array, ...],
   ) -> jax.Array:
-    """The scale [N] of one layer's edge."""
+    """The scale [K] of one layer's edge.
+
+    Args:
+      operands: how each weight is quantized.
+      mean: mean |X|, [K].
+      h: X^T X, [K, K].
+      weights: float32 [K, N] each.
+    """
 
     def attempt(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-      s = jnp.maximum(shared(edge, mean) ** (i / self.steps), self.smallest)
+      s = jnp.maximum(mean ** (i / self.steps), self.smallest)
       s = s / jnp.sqrt(s.max() * s.min())
-      rows = spread(edge, s)[:, None]
+      rows = s[:, None]
       error = 0.0
       for w, operand in zip(weights, operands):
         q = quantize_operand(w * rows, operand, -2)
@@ -99,3 +108,12 @@ class SearchScales:
 
     errors, scales = jax.lax.map(attempt, jnp.arange(self.steps))
     return scales[errors.argmin()]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _searched(step: SearchScales, operands: tuple[Operand, ...], *found: object) -> jax.Array:
+  """`best` for one layer after the other."""
+  find = lambda args: step.best(operands, *args)
+  for _ in found[0].shape[:-1]:
+    find = functools.partial(jax.lax.map, find)
+  return find(found)

@@ -57,5 +57,5 @@ class Smooth:
         x = shared(edge, stats[edge.readers[0].site])
         s = jnp.maximum(x**self.alpha / w ** (1 - self.alpha), SMALLEST)
         s = jnp.where((x > 0) & (w > 0), s, 1)
-        variables = fold_scale(variables, context.graph, edge, s)
+        variables = fold_scale(variables, context.graph, edge, s, donate=context.donate)
     return variables
