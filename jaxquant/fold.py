@@ -15,7 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from jaxquant.graph import Edge, Graph, Keys, Link, Pair, Weight, gain_of, matrix, spread
+from jaxquant.graph import (
+  Edge,
+  Graph,
+  Keys,
+  Link,
+  Pair,
+  Weight,
+  float_kernel,
+  gain_of,
+  matrix,
+  spread,
+)
 from jaxquant.sites import flat_params
 from jaxquant.transforms import Transform
 
@@ -76,7 +87,7 @@ def fold_scale(
   changes = {}
   for r in edge.readers:
     alike = dataclasses.replace(r, site="", param="kernel")  # one compilation for all that are
-    changes[r.keys] = (_in_place if donate else _scaled_rows)(alike, flat[r.keys], rows)
+    changes[r.keys] = (_in_place if donate else _scaled_rows)(alike, float_kernel(flat, r), rows)
   if isinstance(edge, Link):
     columns = s[..., None, :]
     return _with(variables, changes | dict(_outputs(flat, edge.writer, lambda w: w / columns)))

@@ -204,14 +204,20 @@ def _fits(weight: Weight, got: int, wanted: int, of: str) -> None:
     raise ValueError(f"{weight.site}: K={got}, but the graph says {wanted} ({of}). Correct it.")
 
 
-def matrix(flat: dict, weight: Weight) -> jax.Array:
-  """A weight of `flat_params` as float32 [stack..., K, N]."""
+def float_kernel(flat: dict, weight: Weight) -> jax.Array:
+  """A weight of `flat_params`; ValueError, naming its site, if it is not there or packed."""
   if weight.keys not in flat:
     near = sorted("/".join(k) for k in flat if k[-1] == weight.param)
     raise ValueError(f"{weight.site}: the graph names a parameter that is not among {near}")
   value = flat[weight.keys]
   if is_node(value):
     raise ValueError(f"{weight.site}: packed already; transforms fold into float variables only")
+  return value
+
+
+def matrix(flat: dict, weight: Weight) -> jax.Array:
+  """A weight of `flat_params` as float32 [stack..., K, N]."""
+  value = float_kernel(flat, weight)
   own = weight.inputs + weight.outputs
   stack, axes = value.shape[: value.ndim - own], value.shape[value.ndim - own :]
   n = math.prod(axes[weight.inputs :])
