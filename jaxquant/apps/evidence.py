@@ -5,6 +5,9 @@
   python -m jaxquant.apps.evidence --gates gptq,awq    # these; what is known of the others stays
   python -m jaxquant.apps.evidence --render            # only the table, from what is known
 
+Beside the table stands its summary as JSON; docs/systems.md quotes it
+(`python -m jaxquant.recipes.index > docs/systems.md`).
+
 Every measurement is kept in --cache as soon as it is made and not made again, so the same command
 continues a run that was killed. A measurement belongs to its recipe, model and settings: a changed
 recipe is measured anew.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import json
 import pathlib
 import platform
 import subprocess
@@ -295,6 +299,17 @@ def render(verdicts: Sequence[Verdict], bench: Bench, command_line: str) -> str:
   return "# Post-training quantization: gates\n\n" + "\n\n".join(parts) + "\n"
 
 
+def summary(verdicts: Sequence[Verdict]) -> dict[str, dict]:
+  """What the systems table quotes: {gate: its claim, verdict and mean values}."""
+  found = {}
+  for v in verdicts:
+    if v.item.gate:
+      labels = v.draws[0] if v.draws else ()
+      means = {label: float(np.mean([d[label]["value"] for d in v.draws])) for label in labels}
+      found[v.item.gate] = {"claim": v.claim, "verdict": v.verdict, "unit": v.unit, "values": means}
+  return found
+
+
 EXPLAINED = """\
 Values are KL(float || quantized) in nats per token, mean and standard deviation over draws of the
 calibration text (a recipe without calibration has no spread), or what the claim names. A claim is
@@ -354,7 +369,8 @@ def main(argv: Sequence[str]) -> int:
   out.parent.mkdir(parents=True, exist_ok=True)
   line = " ".join(["python -m jaxquant.apps.evidence", *argv[1:]])
   out.write_text(render(verdicts, benches[True], line))
-  print(f"wrote {out}")
+  out.with_suffix(".json").write_text(json.dumps(summary(verdicts), indent=1) + "\n")
+  print(f"wrote {out} and {out.with_suffix('.json').name}")
   return int(any(v.verdict in ("FAILS", "broken") for v in verdicts))
 
 

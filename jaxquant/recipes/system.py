@@ -17,11 +17,13 @@ class System:
     number: of the systems list (T training, W weights and activations ...).
     source: where it is described.
     what: in a few words.
-    checked: what was measured in this repository, and by which command.
+    checked: what else was measured in this repository, and by which command or test.
+    gates: of docs/results/ptq.md, whose figures the table quotes.
   """
 
   make: Callable[..., Recipe]
   number: str
   source: str
   what: str
-  checked: str
+  checked: str = ""
+  gates: tuple[str, ...] = ()

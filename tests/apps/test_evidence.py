@@ -50,6 +50,12 @@ def test_every_verdict_and_no_second_measurement(tiny, tmp_path, monkeypatch, ca
   assert "RuntimeError: no such luck" in text
   assert "no calibration, one measurement" in text
   assert "means of 2 draws; it holds in 2" in text  # the probe
+  quoted = json.loads(out.with_suffix(".json").read_text())
+  assert quoted["right"]["verdict"] == "passes"
+  assert quoted["right"]["values"]["int8"] < quoted["right"]["values"]["int4"]
+  assert quoted["nothing"] == {
+    "claim": "a claim of nobody", "verdict": "not built", "unit": "", "values": {}
+  }  # fmt: skip
   kept = [json.loads(line) for line in cache.read_text().splitlines()]
   assert len(kept) == 4  # two recipes without calibration once, one probe for each of two draws
   monkeypatch.setattr(evidence, "recipe_values", breaks)
