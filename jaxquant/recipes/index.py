@@ -51,7 +51,7 @@ claims, spreads, times and how to repeat them. KL is in 1e-3 nats per token."""
 def _quoted(name: str, gate: dict) -> str:
   """A gate in one line: "gate `awq` passes, KL: awq = 15.5, nearest = 20.0"."""
   kl = gate["unit"].startswith("KL")
-  number = lambda value: f"{value:.0f}" if value >= 1e3 else f"{value:#.3g}"
+  number = lambda value: f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
   values = (f"{label} = {number(v * (1e3 if kl else 1))}" for label, v in gate["values"].items())
   said = f"gate `{name}` {gate['verdict']}{', KL' if kl and gate['values'] else ''}"
   return (f"{said}: {', '.join(values)}" if gate["values"] else said).replace("|", "\\|")
