@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.fold import fold_scale
-from jaxquant.graph import matrix, shared
+from jaxquant.graph import Edge, matrix, shared
 from jaxquant.prepare import Context
 from jaxquant.sites import flat_params
 from jaxquant.solvers.coarse_to_fine import coarse_to_fine
 from jaxquant.statistics import AMAX, Statistic, Tree
 from jaxquant.steps.rotate import WithoutData
-from jaxquant.steps.smooth import edges
+from jaxquant.steps.smooth import MaximaScales, edges
 
 
 @dataclasses.dataclass(frozen=True)
-class Percentile:
+class Percentile(MaximaScales):
   """Only outlier channels are scaled down, to the level of the largest other ones.
 
       s_k = max(a_k / b, 1),  a_k = max|X_k|,  b the value at rank `share` of a from above
@@ -35,24 +36,16 @@ class Percentile:
   norms_only: bool = True
   statistic: Statistic | None = dataclasses.field(default=AMAX, repr=False)
 
-  def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
-    """The first reader of each edge; the others have the same input."""
-    return tuple((e.readers[0].site,) for e in edges(context, self.norms_only))
-
-  def apply(self, variables: dict, context: Context, stats: dict[str, Tree]) -> dict:
-    """Edge by edge."""
-    for edge in edges(context, self.norms_only):
-      if edge.readers[0].site in stats:
-        a = shared(edge, stats[edge.readers[0].site])
-        rank = min(int(a.shape[-1] * self.share), a.shape[-1] - 1)
-        b = jnp.flip(jnp.sort(a, -1), -1)[..., rank, None]
-        s = jnp.where(b > 0, jnp.maximum(a / jnp.where(b > 0, b, 1), 1), 1)
-        variables = fold_scale(variables, context.graph, edge, s)
-    return variables
+  def scale(self, a: jax.Array, edge: Edge, variables: dict) -> jax.Array:
+    """The s of the formula."""
+    del edge, variables
+    rank = min(int(a.shape[-1] * self.share), a.shape[-1] - 1)
+    b = jnp.flip(jnp.sort(a, -1), -1)[..., rank, None]
+    return jnp.where(b > 0, jnp.maximum(a / jnp.where(b > 0, b, 1), 1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class OutlierChannels:
+class OutlierChannels(MaximaScales):
   """Only outlier channels are scaled down, by the root of how far they are above the others.
 
       s_k = sqrt(a_k / t) where a_k > t, else 1;  a_k = max|X_k|,  t = `coarse_to_fine`(a)
@@ -66,19 +59,11 @@ class OutlierChannels:
   norms_only: bool = True
   statistic: Statistic | None = dataclasses.field(default=AMAX, repr=False)
 
-  def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
-    """The first reader of each edge; the others have the same input."""
-    return tuple((e.readers[0].site,) for e in edges(context, self.norms_only))
-
-  def apply(self, variables: dict, context: Context, stats: dict[str, Tree]) -> dict:
-    """Edge by edge."""
-    for edge in edges(context, self.norms_only):
-      if edge.readers[0].site in stats:
-        a = shared(edge, stats[edge.readers[0].site])
-        t = coarse_to_fine(a)[..., None]
-        s = jnp.where(a > t, jnp.sqrt(a / jnp.where(t > 0, t, a)), 1)
-        variables = fold_scale(variables, context.graph, edge, s)
-    return variables
+  def scale(self, a: jax.Array, edge: Edge, variables: dict) -> jax.Array:
+    """The s of the formula."""
+    del edge, variables
+    t = coarse_to_fine(a)[..., None]
+    return jnp.where(a > t, jnp.sqrt(a / jnp.where(t > 0, t, a)), 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.fold import fold_scale
@@ -25,8 +26,34 @@ def edges(context: Context, norms_only: bool = False) -> tuple[Edge, ...]:
   )
 
 
+class MaximaScales:
+  """A step that scales the channels of edges by a function of their largest magnitudes.
+
+  Subclasses are dataclasses with `norms_only` and `statistic`, and define `scale`.
+  """
+
+  norms_only: bool
+  statistic: Statistic | None
+
+  def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
+    """The first reader of each edge; the others have the same input."""
+    return tuple((e.readers[0].site,) for e in edges(context, self.norms_only))
+
+  def scale(self, a: jax.Array, edge: Edge, variables: dict) -> jax.Array:
+    """What to divide the channels of an edge by: [..., N] from max|X_k| [..., N]."""
+    raise NotImplementedError
+
+  def apply(self, variables: dict, context: Context, stats: dict[str, Tree]) -> dict:
+    """Edge by edge."""
+    for edge in edges(context, self.norms_only):
+      if edge.readers[0].site in stats:
+        s = self.scale(shared(edge, stats[edge.readers[0].site]), edge, variables)
+        variables = fold_scale(variables, context.graph, edge, s, donate=context.donate)
+    return variables
+
+
 @dataclasses.dataclass(frozen=True)
-class Smooth:
+class Smooth(MaximaScales):
   """SmoothQuant: outliers move from activations to weights; arXiv:2211.10438, eq. 4.
 
       s_k = max|X_k|^alpha / max_n |W_kn|^(1 - alpha);  x / s, w * s
@@ -43,19 +70,10 @@ class Smooth:
   norms_only: bool = True
   statistic: Statistic | None = dataclasses.field(default=AMAX, repr=False)
 
-  def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
-    """The first reader of each edge; the others have the same input."""
-    return tuple((e.readers[0].site,) for e in edges(context, self.norms_only))
-
-  def apply(self, variables: dict, context: Context, stats: dict[str, Tree]) -> dict:
-    """Edge by edge."""
-    for edge in edges(context, self.norms_only):
-      if edge.readers[0].site in stats:
-        flat = flat_params(variables)
-        weights = [jnp.abs(matrix(flat, r)).max(-1) for r in edge.readers]
-        w = shared(edge, jnp.stack(weights).max(0))
-        x = shared(edge, stats[edge.readers[0].site])
-        s = jnp.maximum(x**self.alpha / w ** (1 - self.alpha), SMALLEST)
-        s = jnp.where((x > 0) & (w > 0), s, 1)
-        variables = fold_scale(variables, context.graph, edge, s, donate=context.donate)
-    return variables
+  def scale(self, a: jax.Array, edge: Edge, variables: dict) -> jax.Array:
+    """The s of the formula."""
+    flat = flat_params(variables)
+    weights = [jnp.abs(matrix(flat, r)).max(-1) for r in edge.readers]
+    w = shared(edge, jnp.stack(weights).max(0))
+    s = jnp.maximum(a**self.alpha / w ** (1 - self.alpha), SMALLEST)
+    return jnp.where((a > 0) & (w > 0), s, 1)

@@ -191,7 +191,7 @@ def test_dead_and_constant_channels_keep_their_scale():
 class Unknown(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(4)(x)
+    return nn.Dense(4, name="head")(nn.Dense(8)(x))
 
 
 def unknown():
