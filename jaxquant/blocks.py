@@ -152,7 +152,7 @@ def quantize_blocks(
   theta: dict[int, dict] = {}
   for window in tqdm(solve.windows(len(blocks.names)), recipe.name, disable=not progress):
     given = {i: run.block(variables, packed, i) for i in window}
-    begin = [theta.get(i) or run.start(i, given[i]) for i in window]
+    begin = [theta.get(i) or run.start(blocks.names[i], given[i]) for i in window]
     found, losses = run.solve(variables, window, begin, tuple(given.values()), state)
     if not bool(jnp.isfinite(losses).all()):
       raise ValueError(
@@ -162,7 +162,7 @@ def quantize_blocks(
     theta = dict(zip(window, found))
     done = window if window[-1] == len(blocks.names) - 1 else window[: len(window) - solve.overlap]
     for i in done:
-      params = run.finish(i, theta[i], given[i])
+      params = run.finish(blocks.names[i], theta[i], given[i])
       packed = {**packed, "params": blocks.put(packed["params"], i, params)}
       state = run.advance(i, variables, params, state)
   return packed
@@ -183,6 +183,8 @@ class _Windows:
     self.norms = {n: scales.norms(graph, n, s) for n, s in self.sites.items()} if scales else {}
     self.in_float = jax.jit(self._in_float, static_argnums=0)
     self.quantized = jax.jit(self._quantized, static_argnums=0)
+    self.start = jax.jit(self._start, static_argnums=0)
+    self.finish = jax.jit(self._finish, static_argnums=0)
     self.problem = functools.cache(self._problem)
 
   def _in_float(self, name: str, params: dict, xs: jax.Array) -> jax.Array:
@@ -216,9 +218,9 @@ class _Windows:
       {keys: after[keys] for keys in mine},
     )
 
-  def start(self, i: int, given: _Block) -> dict:
+  def _start(self, name: str, given: _Block) -> dict:
     """The theta of each site, and of each norm whose scales are learned."""
-    norms, scales = self.norms.get(self.blocks.names[i]), self.recipe.solve.scales
+    norms, scales = self.norms.get(name), self.recipe.solve.scales
     return (scales.start(norms, given.params) if norms else {}) | {
       keys: _mapped(self.learner.start, w)(w, given.kernels[keys])
       for keys, w in given.weights.items()
@@ -232,9 +234,9 @@ class _Windows:
     params, weights = fold(self.norms[name], theta, given.params, given.weights)
     return given._replace(params=params, weights=weights)
 
-  def finish(self, i: int, theta: dict, given: _Block) -> dict:
+  def _finish(self, name: str, theta: dict, given: _Block) -> dict:
     """Packed parameters of a block."""
-    given = self.moved(self.blocks.names[i], theta, given)
+    given = self.moved(name, theta, given)
     stored = {
       keys: pack_kernel(_mapped(self.learner.finish, w)(theta[keys], w, given.kernels[keys]))
       for keys, w in given.weights.items()

@@ -218,12 +218,17 @@ def report(
     if not is_node(kernel):
       continue
     w = canonical(site, before[site.keys]).reshape(-1, *site.shape[-2:])
-    off = jnp.linalg.norm(to_dense(kernel).reshape(w.shape) - w, axis=(-2, -1))
-    error = off / jnp.maximum(jnp.linalg.norm(w, axis=(-2, -1)), jnp.finfo(w.dtype).tiny)
+    error = _relative_error(kernel, w)
     name = str(kernel.fmt) if isinstance(kernel, QTensor) else type(kernel).__name__
     bits = size_bits(kernel)
     rows.append(SiteReport(site.path, name, bits / site.size, bits // 8, tuple(error.tolist())))
   return rows
+
+
+@jax.jit
+def _relative_error(kernel: object, w: jax.Array) -> jax.Array:
+  off = jnp.linalg.norm(to_dense(kernel).reshape(w.shape) - w, axis=(-2, -1))
+  return off / jnp.maximum(jnp.linalg.norm(w, axis=(-2, -1)), jnp.finfo(w.dtype).tiny)
 
 
 def size_bytes(variables: object) -> int:

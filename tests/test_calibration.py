@@ -189,7 +189,7 @@ def test_statistics_of_a_block_are_those_behind_quantized_blocks(monkeypatch, lo
   found, packed = recorded(monkeypatch, LOOP, looped, IN_ORDER)
 
   def run(rules, variables, path):
-    level = jq.collect(LOOP, jq.Recipe(rules), AMAX, frozenset([path]))
+    level = jax.jit(jq.collect(LOOP, jq.Recipe(rules), AMAX, frozenset([path])))
     return np.max([level(variables, batch)[path] for batch in TOKENS], axis=0)
 
   mixed = lambda done: {"params": looped["params"] | {n: packed["params"][n] for n in done}}
@@ -212,7 +212,7 @@ def test_layers_too_large_to_hold_together_come_one_by_one(monkeypatch, scanned)
   """The whole scan is fused otherwise than one block: equal to 1e-5, not to the bit."""
   recipe = IN_ORDER.replace(inputs="float")
   found, packed = recorded(monkeypatch, SCAN, scanned, recipe, statistics_bytes=1)
-  level = jq.collect(SCAN, jq.Recipe(), AMAX)
+  level = jax.jit(jq.collect(SCAN, jq.Recipe(), AMAX))
   whole = jax.tree.map(jnp.maximum, *(level(scanned, batch) for batch in TOKENS))
   assert len(found) == 7 * SHAPE.n_layers + 1
   for label, value in found.items():

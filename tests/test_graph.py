@@ -32,7 +32,7 @@ KEY = jax.random.key(7)
 def decoder(style):
   """Gains are not 1 (but for a tied head's), so that a fold that forgets them is seen."""
   model = Transformer(STYLES[style])
-  variables = model.init(jax.random.key(1), TOKENS)
+  variables = jax.jit(model.init)(jax.random.key(1), TOKENS)
   fixed = "final_norm" if style == "tied" else "none"
   params = jax.tree_util.tree_map_with_path(
     lambda path, a: positive(a.shape) if "norm" in str(path) and fixed not in str(path) else a,

@@ -109,17 +109,19 @@ def packed_denses(recipe):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_format(name):
+  """Every second one decodes in float32, the others a few rows in bfloat16; all see the prompt."""
   recipe = everywhere(RULES[name])
+  calls = (CALLS[list(RULES).index(name) % 2], CALLS[2])
 
   @jax.jit
   def run(held):
     dense = lambda dtype: jq.quantized(nn.Dense(HIDDEN, dtype=dtype), recipe)
-    return [dense(dtype)(held[k], rows(m, k)) for m, k, dtype in CALLS]
+    return [dense(dtype)(held[k], rows(m, k)) for m, k, dtype in calls]
 
   fake, packed = run(denses()), run(jax.jit(lambda: packed_denses(recipe))())
   chex.assert_trees_all_equal(fake, packed)
   chex.assert_tree_all_finite(fake)
-  assert [y.dtype for y in fake] == [dtype for *_, dtype in CALLS]
+  assert [y.dtype for y in fake] == [dtype for *_, dtype in calls]
 
 
 @pytest.mark.parametrize("name", STYLED)

@@ -149,7 +149,8 @@ def test_the_sharded_step_in_chunks_is_the_plain_step(mesh, recipe):
   model = Transformer(TransformerShape(**{**c.model, "attn_chunk": None, "loss_chunk": None}))
   tx = training.optimizer(c.steps, **c.optimizer)
   tokens = jax.random.randint(jax.random.key(1), (4, 65), 0, 512)
-  fresh = lambda: training.init_state(model, tx, tokens[:, :-1], c.seed)
+  start = training.init_state(model, tx, tokens[:, :-1], c.seed)
+  fresh = lambda: jax.tree.map(jnp.copy, start)  # steps donate what they get
   run = model.apply if recipe is None else jq.quantized(model, recipe)
   step = training.make_step(run, tx, c.seed)
   plain = step(fresh(), tokens)

@@ -23,7 +23,7 @@ RTN, GPTQ = w4a16_rtn(INT4_G32), w4a16_gptq(INT4_G32)
 @pytest.fixture(scope="module")
 def decoder():
   model = Transformer(SHAPE)
-  return model, model.init(jax.random.key(0), TOKENS)
+  return model, jax.jit(model.init)(jax.random.key(0), TOKENS)
 
 
 def quantize(decoder, recipe, batches=(TOKENS,), **kwargs):

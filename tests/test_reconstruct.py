@@ -27,7 +27,7 @@ from jaxquant.solvers.learned_rounding import Clipping, Stored
 from jaxquant.steps import LearnScales
 
 SHAPE = TransformerShape(
-  vocab=32, d_model=32, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, max_len=16
+  vocab=32, d_model=32, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=32, max_len=16
 )
 MODEL = Transformer(SHAPE)
 TOKENS = [jax.random.randint(jax.random.key(i), (4, 16), 0, 32) for i in range(3)]
@@ -37,7 +37,7 @@ INT3_G16 = Format(formats.int_grid(3), 16)
 
 @functools.cache
 def variables():
-  return MODEL.init(jax.random.key(9), TOKENS[0])
+  return jax.jit(MODEL.init)(jax.random.key(9), TOKENS[0])
 
 
 # The loop.
@@ -118,17 +118,19 @@ def block_losses(packed, recipe):
   """Relative error of the residual stream behind each block, on the calibration data."""
   blocks, params = blocks_of(MODEL), variables()["params"]
   batches = jnp.concatenate(TOKENS)
-  x = y = blocks.begin(variables(), batches)
+  both = [jax.jit(blocks.begin)(variables(), batches)] * 2
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def behind(name, block, packed, x, y):
+    dense = jq.map_kernels(lambda k: jq.kernels.Sum((to_dense(k),)) if is_node(k) else k, packed)
+    x = blocks.run(name, block, x)
+    with jq.intercept.intercepted(recipe):
+      return x, blocks.run(name, dense, y)
+
   found = []
   for i, name in enumerate(blocks.names):
-    x = blocks.run(name, blocks.take(params, i), x)
-    dense = jq.map_kernels(
-      lambda k: jq.kernels.Sum((to_dense(k),)) if is_node(k) else k,
-      blocks.take(packed["params"], i),
-    )
-    with jq.intercept.intercepted(recipe):
-      y = blocks.run(name, dense, y)
-    found.append(float(mse(y, x)))
+    both = behind(name, *(blocks.take(p, i) for p in (params, packed["params"])), *both)
+    found.append(float(mse(both[1], both[0])))
   return found
 
 
@@ -210,7 +212,7 @@ def test_learned_scales_keep_the_function(scan):
 def test_loop_and_scan_learn_the_same():
   shape = dataclasses.replace(SHAPE, n_layers=2)
   loop, scan = Transformer(dataclasses.replace(shape, scan=False)), Transformer(shape)
-  v = loop.init(jax.random.key(1), TOKENS[0])
+  v = jax.jit(loop.init)(jax.random.key(1), TOKENS[0])
   rules = ((".*/(o|down)", weight_only(UINT2_G16)),)
   recipe = omniquant(UINT2_G16, steps=4).replace(rules=rules)
   one = quantize_blocks(loop, v, recipe, TOKENS, progress=False)

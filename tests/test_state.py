@@ -209,7 +209,7 @@ def test_microbatches_give_the_state_of_the_batch(name):
 
 def test_the_state_is_asked_for_by_name():
   model = Transformer(SHAPE)
-  params = model.init(jax.random.key(0), TOKENS)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
   for recipe in (fp8(), gains()):
     with pytest.raises(ValueError, match=r"layers/attn/q: .*jaxquant\.init_quant"):
       jq.quantized(model, recipe)({"params": params}, TOKENS)
@@ -238,7 +238,7 @@ def test_a_scan_that_drops_the_state_is_an_error():
 
 def test_packed_weights_need_no_state():
   model = Transformer(SHAPE)
-  variables = model.init(jax.random.key(0), TOKENS)
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
   recipe = jq.without_state(patched())
   packed = jq.quantize_params(model, variables, recipe, example=TOKENS, progress=False)
   same(

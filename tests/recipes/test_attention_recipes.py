@@ -16,11 +16,11 @@ from jaxquant.recipes.weight_only.rsq import rsq
 from jaxquant.solvers.attention_aware import TwoSided
 
 SHAPE = TransformerShape(
-  vocab=32, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, max_len=16
+  vocab=32, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=32, max_len=16
 )
 MODEL = Transformer(SHAPE)
 TOKENS = jax.random.randint(jax.random.key(0), (4, 16), 0, SHAPE.vocab)
-VARIABLES = MODEL.init(jax.random.key(1), TOKENS)
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(1), TOKENS)
 INT3_G16 = Format(int_grid(3), 16)
 FEW = "embed|head|.*/(q|o|gate|down)"  # each shape that is quantized is a compilation
 

@@ -16,11 +16,11 @@ from jaxquant.recipes.weight_only.quantease import quantease
 from jaxquant.solvers.sign_svd import layers, prefix
 
 SHAPE = TransformerShape(
-  vocab=32, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=96, max_len=32
+  vocab=32, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=64, max_len=32
 )
 MODEL = Transformer(SHAPE)
 TOKENS = jax.random.randint(jax.random.key(0), (4, 32), 0, SHAPE.vocab)
-VARIABLES = MODEL.init(jax.random.key(1), TOKENS)
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(1), TOKENS)
 INT3_G32 = Format(int_grid(3), 32)
 FEW = "embed|head|.*/(q|k|o|gate|down)"  # each shape that is quantized is a compilation
 RECIPES = {  # with the node that a kernel becomes

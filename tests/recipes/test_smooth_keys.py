@@ -24,7 +24,7 @@ SHAPE = TransformerShape(
 MODEL = Transformer(SHAPE)
 GRAPH = graph_of(MODEL)
 TOKENS = jax.random.randint(jax.random.key(0), (4, 16), 0, SHAPE.vocab)
-PLAIN = MODEL.init(jax.random.key(1), TOKENS)
+PLAIN = jax.jit(MODEL.init)(jax.random.key(1), TOKENS)
 LARGE = inject_key_outliers(PLAIN, GRAPH, jax.random.key(2), 1, 16.0)
 APPLY = jax.jit(MODEL.apply)
 

@@ -15,7 +15,7 @@ from jaxquant.recipes.weight_only.bitsandbytes import FP4, fp4, nf4
 from jaxquant.sensitivity import lim, zd
 
 SHAPE = TransformerShape(
-  vocab=64, d_model=64, n_layers=6, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=128, max_len=32
+  vocab=64, d_model=64, n_layers=6, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=64, max_len=32
 )
 MODEL = Transformer(SHAPE)
 TOKENS = jax.random.randint(jax.random.key(1), (8, 32), 0, 64)

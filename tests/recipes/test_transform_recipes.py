@@ -36,7 +36,7 @@ from jaxquant.steps.channels import OutlierChannels
 from jaxquant.tensor import is_qtensor
 
 SHAPE = TransformerShape(
-  vocab=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_len=32
+  vocab=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=64, max_len=32
 )
 MODEL = Transformer(SHAPE)
 GRAPH = graph.graph_of(MODEL)
@@ -49,7 +49,7 @@ SOME = ("embed|head", FLOAT)
 
 @functools.cache
 def variables(outliers=0.0):
-  found = MODEL.init(jax.random.key(1), TOKENS)
+  found = jax.jit(MODEL.init)(jax.random.key(1), TOKENS)
   return inject_outliers(found, GRAPH, jax.random.key(2), 2, outliers) if outliers else found
 
 
@@ -90,18 +90,19 @@ def fake(name):
   if SYSTEMS[name].solve is rtn:
     return prepare(MODEL, variables(), SYSTEMS[name], [TOKENS])
   values = lambda q: jq.unpack(q) if is_qtensor(q) else q
-  return map_kernels(lambda k: jax.tree.map(values, k, is_leaf=is_qtensor), packed(name))
+  of = lambda held: map_kernels(lambda k: jax.tree.map(values, k, is_leaf=is_qtensor), held)
+  return jax.jit(of)(packed(name))
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_one_path(name):
-  """All at once, and a token decoded after a prompt: the same bits from float and from packed."""
+  """A prompt and a token decoded after it: the same bits from float and from packed."""
   apply = jq.quantized(MODEL, SYSTEMS[name])
 
   @jax.jit
   def run(held):
-    _, cache = apply(held, TOKENS[:, :-1], init_cache(SHAPE, len(TOKENS)))
-    return apply(held, TOKENS), apply(held, TOKENS[:, -1:], cache)[0]
+    prompt, cache = apply(held, TOKENS[:, :-1], init_cache(SHAPE, len(TOKENS)))
+    return prompt, apply(held, TOKENS[:, -1:], cache)[0]
 
   got = run(packed(name))
   assert any(is_node(k) for k in jax.tree.leaves(packed(name), is_leaf=is_node))

@@ -99,7 +99,7 @@ def test_values_and_containers_give_the_same_bits(name):
   recipe, stored = packed(name)
   apply = jq.quantized(Model(), recipe)
   run = jax.jit(lambda v: [apply(v, X[:1]), jax.vmap(lambda x: apply(v, x))(X[None, :32])])
-  (one, y), fake = run(stored), run(values(stored))
+  (one, y), fake = run(stored), run(jax.jit(values)(stored))
   chex.assert_trees_all_equal([one, y], fake)
   want = Model().apply(variables(), X[:32])
   error = jnp.square(y[0] - want).mean() / jnp.square(want).mean()

@@ -31,7 +31,7 @@ FMT = F.Format(F.int_grid(4, full=True), 16, zero_point=True)
 
 @functools.cache
 def variables():
-  return MODEL.init(jax.random.key(1), TOKENS)
+  return jax.jit(MODEL.init)(jax.random.key(1), TOKENS)
 
 
 def halved(w, statistic, fmt):

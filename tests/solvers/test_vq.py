@@ -287,11 +287,11 @@ def test_errors_name_the_shapes(w, h, match):
 def test_recipe_packs_and_decodes():
   """Packed weights of a scanned model through the interceptor: the dense weights, in float."""
   shape = TransformerShape(
-    vocab=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_len=16
+    vocab=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=32, max_len=16
   )
   model = Transformer(shape)
   tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, 64)
-  variables = model.init(jax.random.key(1), tokens)
+  variables = jax.jit(model.init)(jax.random.key(1), tokens)
   rule = recipe(k=16)
   packed = jq.quantize_params(model, variables, rule, [tokens], progress=False)
   got = jax.jit(jq.quantized(model, rule))(packed, tokens)
