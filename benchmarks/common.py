@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import flax
 import jax
+
+from jaxquant.apps.results import commit, made_with
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -57,12 +55,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def provenance() -> str:
   """Command, commit, date, versions and load of the machine."""
-  git = ["git", "rev-parse", "--short", "HEAD"]
-  commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
   return (
-    f"Command: `python {' '.join(sys.argv)}`. Commit {commit or 'unknown'}, "
-    f"{datetime.date.today()}, jax {jax.__version__}, flax {flax.__version__}, "
-    f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
+    f"Command: `python {' '.join(sys.argv)}`. Commit {commit()}, {made_with()}, "
     f"load {os.getloadavg()[0]:.1f} at the end."
   )
 

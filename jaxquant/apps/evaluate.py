@@ -6,7 +6,8 @@
 KL is the mean KL(float || quantized) per token in nats, with its standard error; loss and
 perplexity are per byte. Bits count the quantized kernels with their scales, bytes all parameters.
 Every row is written to --out as soon as it is measured, and not measured again: the same command
-continues a run that was killed. There are also a Markdown table and a page with the plots.
+continues a run that was killed. There are also a Markdown table, the plot of KL against bits and a
+page with all plots; --table puts the first two elsewhere too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxquant.apps.leaderboard import (
   measure,
   try_pack,
 )
-from jaxquant.apps.results import Results
+from jaxquant.apps.results import Results, commit, made_with
 from jaxquant.diagnostics import Plot, Section, Table, page, plots
 from jaxquant.evaluation import evaluate
 from jaxquant.metrics import ACBENCH, SAMPLING
@@ -54,6 +55,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Chooses the calibration text.", flag_va
 _JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string(
   "out", "out/leaderboard", "Folder of the rows, the table and the page.", flag_values=FLAGS
+)
+_TABLE = flags.DEFINE_string(
+  "table", None, "Also write the Markdown table here, its plot beside it.", flag_values=FLAGS
 )
 _METRICS = flags.DEFINE_bool(
   "metrics",
@@ -151,13 +155,21 @@ def markdown(found: Table) -> str:
   return "\n".join([*lines, *(["", found.note] if found.note else [])])
 
 
-def save(out: pathlib.Path, rows: Sequence[Row], said: Mapping[str, str]) -> None:
-  """Writes the table as Markdown and as a page with the plots."""
-  tables = [table(rows), *details(rows)]
+def save(
+  out: pathlib.Path, rows: Sequence[Row], said: Mapping[str, str], elsewhere: str | None = None
+) -> None:
+  """Writes the table as Markdown with its plot, and a page with all plots."""
+  tables, plots_ = [table(rows), *details(rows)], pictures(rows)
   text = "\n\n".join(map(markdown, tables))
   made = "\n".join(f"- {name}: {value}" for name, value in said.items())
-  (out / "leaderboard.md").write_text(f"# Leaderboard\n\n{text}\n\n{made}\n")
-  sections = [Section("Recipes", [tables[0], *pictures(rows), *tables[1:]])]
+  for path in (out / "leaderboard.md", *([pathlib.Path(elsewhere)] if elsewhere else [])):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = ""
+    if plots_:
+      path.with_suffix(".svg").write_text(plots.to_svg(plots_[0].figure))
+      shown = f"![KL against bits]({path.with_suffix('.svg').name})\n\n{plots_[0].caption}\n\n"
+    path.write_text(f"# Leaderboard\n\n{made}\n\n{shown}{text}\n")
+  sections = [Section("Recipes", [tables[0], *plots_, *tables[1:]])]
   lead = f"{len(rows) - 1} recipes on the same held-out text, from packed weights."
   (out / "leaderboard.html").write_text(page("Leaderboard", lead, sections, dict(said)))
 
@@ -178,7 +190,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{found}")
   said = {"command": " ".join(["python -m jaxquant.apps.evaluate", *argv[1:]])}
   said |= {"model": str(source.about.get("name", _MODEL.value)), "settings": str(settings)}
-  save(out, rows, said)
+  said |= {"made with": f"commit {commit()}, {made_with()}"}
+  save(out, rows, said, _TABLE.value)
   if _JSON.value:
     path = pathlib.Path(_JSON.value)
     path.parent.mkdir(parents=True, exist_ok=True)

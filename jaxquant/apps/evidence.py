@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import datetime
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import flax
 import jax
 import numpy as np
 from absl import flags
@@ -35,7 +32,7 @@ from jaxquant.acceptance import Item, Probe, items, tables
 from jaxquant.apps import command
 from jaxquant.apps.leaderboard import held_out
 from jaxquant.apps.quantize import bits_per_weight, calibration, example
-from jaxquant.apps.results import Results, cost, fingerprint
+from jaxquant.apps.results import Results, commit, cost, fingerprint, made_with
 from jaxquant.evaluation import Candidate, evaluate
 from jaxquant.gates import Gate
 from jaxquant.models.stored import Stored, digest
@@ -189,7 +186,7 @@ def tested(bench: Bench, tests: Sequence[str]) -> dict | None:
     return {"passed": done.returncode == 0, "said": lines[-1], "seconds": spent.seconds}
 
   sources = [pathlib.Path(test.split("::")[0]).read_text() for test in tests]
-  return bench.known(("tests", *tests, *sources, commit()), {}, 0, run)
+  return bench.known(("tests", *tests, *sources), {}, 0, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +219,8 @@ def judge(bench: Bench, item: Item, gates: Mapping[str, Gate | Probe]) -> Verdic
     if "error" in found:
       return Verdict(item, item.wants, "broken", found["error"])
     verdict = "passes" if found["passed"] else "FAILS"
-    return Verdict(item, item.wants, verdict, f"{found['said']}: {', '.join(item.tests)}")
+    said = f"{found['said']} at {found['commit']}: {', '.join(item.tests)}"
+    return Verdict(item, item.wants, verdict, said)
   gate = gates.get(item.gate)
   if gate is None:
     return Verdict(item, item.wants, "not built", item.report)
@@ -320,15 +318,6 @@ process meanwhile. "Not measured" is what the command has not reached yet, "not 
 has written."""
 
 
-def commit() -> str:
-  """Of the checkout, or "unknown"."""
-  git = ["git", "rev-parse", "--short", "HEAD"]
-  try:
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  except OSError:
-    return "unknown"
-
-
 def provenance(bench: Bench, command_line: str, verdicts: Sequence[Verdict]) -> str:
   """What one needs to repeat it."""
   plan, about = bench.plan, bench.source.about
@@ -336,11 +325,10 @@ def provenance(bench: Bench, command_line: str, verdicts: Sequence[Verdict]) -> 
   measured = ", ".join(f"{name} ({count})" for name, count in of.most_common()) or "none"
   return (
     f"Command: `{command_line}`. Commits that values were measured at: {measured}; written at "
-    f"{commit() or 'unknown'}, {datetime.date.today()}, jax "
-    f"{jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}, "
-    f"{jax.devices()[0].device_kind}. Model {about.get('name', 'unnamed')}, "
-    f"{digest(bench.source.variables)[:12]}. {plan.batches} held-out batches of 8 windows, "
-    f"{plan.calibration_batches} calibration batches, {plan.seeds} draws."
+    f"{commit()}, {made_with()}, {jax.devices()[0].device_kind}. Model "
+    f"{about.get('name', 'unnamed')}, {digest(bench.source.variables)[:12]}. {plan.batches} "
+    f"held-out batches of 8 windows, {plan.calibration_batches} calibration batches, "
+    f"{plan.seeds} draws."
   )
 
 

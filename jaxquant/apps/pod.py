@@ -14,16 +14,12 @@ fit. --config.<field> overrides one field (--config.batch_size 512, --config.tp 
 
 from __future__ import annotations
 
-import datetime
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-import flax
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -31,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxquant import aot, pod
 from jaxquant.aot import GIB, Compiled
 from jaxquant.apps import command
+from jaxquant.apps.results import commit, made_with
 from jaxquant.diagnostics import Table
 
 WHAT = ("train", "train_float", "decode", "decode_float")
@@ -93,20 +90,11 @@ def traffic(topology: str, found: Compiled) -> list[tuple[str, ...]]:
   return lines
 
 
-def commit() -> str:
-  """The commit that is checked out; ask before what takes time, in which it can change."""
-  git = ["git", "rev-parse", "--short", "HEAD"]
-  found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  return found or "unknown"
-
-
 def provenance(argv: Sequence[str], of: str) -> str:
   """Command, commit, date and versions."""
   return (
-    f"Command: `python -m jaxquant.apps.pod {' '.join(argv[1:])}`. Commit {of}, "
-    f"{datetime.date.today()}, jax {jax.__version__}, libtpu {metadata.version('libtpu')}, flax "
-    f"{flax.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
-    f"load {os.getloadavg()[0]:.1f} at the end."
+    f"Command: `python -m jaxquant.apps.pod {' '.join(argv[1:])}`. Commit {of}, {made_with()}, "
+    f"libtpu {metadata.version('libtpu')}, load {os.getloadavg()[0]:.1f} at the end."
   )
 
 

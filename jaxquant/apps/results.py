@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
+import os
 import pathlib
+import platform
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 
+import flax
 import jax
 import numpy as np
 
@@ -135,3 +140,20 @@ def _peak() -> int:
       return 1024 * int(line[1])
   unit = 1 if sys.platform == "darwin" else 1024
   return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def commit() -> str:
+  """The commit that is checked out, or "unknown"; ask before what takes time, in which it moves."""
+  git = ["git", "rev-parse", "--short", "HEAD"]
+  with contextlib.suppress(OSError):
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+  return "unknown"
+
+
+def made_with() -> str:
+  """Date, versions and machine, for the head of a table."""
+  return (
+    f"{datetime.date.today()}, jax {jax.__version__}, flax {flax.__version__}, "
+    f"Python {platform.python_version()}, {os.cpu_count()} CPU cores"
+  )

@@ -12,16 +12,12 @@ run belongs to its recipe, model and settings: a changed recipe is measured anew
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import flax
 import flax.linen as nn
 import jax
 import numpy as np
@@ -30,8 +26,7 @@ from absl import flags
 import jaxquant as jq
 from jaxquant import data, training
 from jaxquant.apps import command
-from jaxquant.apps.evidence import commit
-from jaxquant.apps.results import Results, fingerprint
+from jaxquant.apps.results import Results, commit, fingerprint, made_with
 from jaxquant.gates import outliers
 from jaxquant.models.architectures import ARCHITECTURES, build
 from jaxquant.paired import Gap, paired_gap
@@ -299,11 +294,7 @@ has smaller rows; the float run is the same, bit for bit."""
 
 def render(found: Mapping[str, Found], plan: Plan, line: str) -> str:
   """The whole document."""
-  about = (
-    f"Command: `{line}`. Commit {commit() or 'unknown'}, {datetime.date.today()}, jax "
-    f"{jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}, "
-    f"{os.cpu_count()} CPU cores."
-  )
+  about = f"Command: `{line}`. Commit {commit()}, {made_with()}."
   sizes = {"steps": plan.steps, "held_out": plan.held_out, "last": LAST}
   parts = ["# Low-precision training", about, EXPLAINED.format(batch=BATCH, seq=SEQ, **sizes)]
   for name, arm in ARMS.items():

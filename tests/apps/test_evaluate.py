@@ -13,7 +13,7 @@ from jaxquant.models.stored import read
 def test_the_table_and_its_json(tiny, tmp_path, capsys):
   path = tmp_path / "new" / "rows.json"
   argv = ("--model", tiny, "--batches", "2", "--calibration_batches", "1", "--json", str(path))
-  argv = (*argv, "--out", str(tmp_path / "out"))
+  argv = (*argv, "--out", str(tmp_path / "out"), "--table", str(tmp_path / "docs" / "it.md"))
   evaluate.main(["evaluate", *argv, "--recipes", "w8a8_int8,w4a16_rtn"])
   lines = capsys.readouterr().out.splitlines()
   assert [line.split()[0] for line in lines[2:5]] == ["float32", "w8a8_int8", "w4a16_rtn"]
@@ -26,6 +26,10 @@ def test_the_table_and_its_json(tiny, tmp_path, capsys):
   assert [row["bytes"] for row in rows] == sorted((row["bytes"] for row in rows), reverse=True)
   assert rows[1]["sites"][0]["path"] == "layers/attn/q"
   assert rows[0]["scores"]["tokens"] == 2 * 8 * 32
+  text = (tmp_path / "docs" / "it.md").read_text()
+  assert "(it.svg)" in text
+  assert "| w4a16_rtn |" in text
+  assert (tmp_path / "docs" / "it.svg").read_text().startswith("<svg")
 
 
 def test_a_recipe_that_does_not_work_does_not_stop_the_others(tiny):
