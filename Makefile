@@ -9,7 +9,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # LAPACK's threads spin beside other work: BUILD_NOTES, "XLA:CPU, as measured".
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint format types kernels clean
+.PHONY: help install demo test test-all lint format types kernels clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -26,10 +26,13 @@ install: $(STAMP)  ## the virtual environment in .venv
 demo: $(STAMP)  ## train, quantize and decode the shipped model (10 minutes on 2 cores)
 	$(PY) -m jaxquant.apps.demo
 
-test: $(STAMP)  ## lint and all tests
+test: $(STAMP)  ## lint and tests; of long tables a fixed sample of the rows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-all: $(STAMP)  ## all tests, with every row of the long tables (an hour on 2 cores)
+	$(PY) -m pytest -n 2 --dist loadfile --all-rows
 
 lint: $(STAMP)  ## ruff, without changing anything
 	$(VENV)/bin/ruff check .

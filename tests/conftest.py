@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import atexit
+import collections
+import gc
 import json
 import pathlib
 import shutil
@@ -34,9 +36,36 @@ import pytest
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 hypothesis.settings.register_profile(
-  "repeatable", derandomize=True, max_examples=20, deadline=None, database=None
+  "repeatable", derandomize=True, max_examples=12, deadline=None, database=None
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes objects by the million, and hardly any cycles
+
+
+def pytest_addoption(parser):
+  parser.addoption("--all-rows", action="store_true", help="also what `sampled` leaves out")
+
+
+def pytest_configure(config):
+  config.addinivalue_line(
+    "markers", "sampled(n): one in n of its rows runs, all of them with --all-rows (make test-all)"
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """Expensive checks of long tables see every n-th row, along the diagonal of a product of two."""
+  if config.getoption("--all-rows"):
+    return
+  seen, kept, left = collections.Counter(), [], []
+  for item in items:
+    mark, test = item.get_closest_marker("sampled"), item.nodeid.split("[")[0]
+    i, n = seen[test], mark.args[0] if mark else 1
+    seen[test] += 1
+    (kept if i % n == i // n % n else left).append(item)
+  config.hook.pytest_deselected(items=left)
+  items[:] = kept
 
 
 @pytest.fixture(scope="session")

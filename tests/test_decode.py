@@ -66,6 +66,7 @@ def test_the_key_is_all_the_randomness(variables):
   assert any(a.tolist() != b.tolist() for a, b in zip(first, other))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["w8a8_int8", "nvfp4"])
 def test_packed_weights_decode_the_tokens_of_fake_quant(variables, recipe):
   recipe = recipes.by_name(recipe)

@@ -82,6 +82,7 @@ def normal():
   return np.random.default_rng(0).standard_normal((LAYERS, K, N)).astype(np.float32) * SIZES
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_way_to_run_it_has_the_same_bits(name):
   fmt = FORMATS[name]

@@ -104,6 +104,7 @@ FOLDS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", FOLDS)
 def test_the_function_stays(name, style):

@@ -173,6 +173,7 @@ def integer_variables(model, x):
   return tree.unflatten([integers(i, a.shape) for i, a in enumerate(leaves)])
 
 
+@pytest.mark.sampled(3)
 @TABLE
 def test_equals_the_plain_module(case):
   """Values of fake-quantized and packed weights, and gradients: straight through."""
@@ -273,6 +274,7 @@ def test_ids_out_of_range_are_nan_as_in_linen():
     np.testing.assert_array_equal(jq.quantized(module, EXACT)(held, ids), want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", formats.named())
 def test_columns_are_those_of_the_whole(name):
   """A lookup decodes single columns: blocks, tiles and second levels must follow."""

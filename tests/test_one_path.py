@@ -107,6 +107,7 @@ def packed_denses(recipe):
   return {k: {"params": pack(v["params"])} for k, v in denses().items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", RULES)
 def test_every_format(name):
   """Every second one decodes in float32, the others a few rows in bfloat16; all see the prompt."""
@@ -124,6 +125,7 @@ def test_every_format(name):
   assert [y.dtype for y in fake] == [dtype for *_, dtype in calls]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", STYLED)
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style(name, style):
@@ -146,6 +148,7 @@ def alone(recipe):
   return recipe.solve is rtn and not recipe.prepare and not learns
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [n for n, s in RECIPES.items() if alone(s.make())])
 def test_every_nearest_system(name):
   """Own scale rules, tiles, rotations: what the rule does to a float weight is what packs."""

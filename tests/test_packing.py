@@ -45,6 +45,7 @@ def round_trip(x, grid, axis, pad):
   return data, unpack_values(data, grid, axis, pad)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_code(name):
   """Codes -> values -> codes where there is a value; values -> container -> values, both axes."""

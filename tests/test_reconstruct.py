@@ -27,7 +27,7 @@ from jaxquant.solvers.learned_rounding import Clipping, Stored
 from jaxquant.steps import LearnScales
 
 SHAPE = TransformerShape(
-  vocab=32, d_model=32, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=32, max_len=16
+  vocab=32, d_model=32, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, max_len=16
 )
 MODEL = Transformer(SHAPE)
 TOKENS = [jax.random.randint(jax.random.key(i), (4, 16), 0, 32) for i in range(3)]
@@ -150,12 +150,14 @@ def solved(name):
   return pack(start, TOKENS), pack(recipe, TOKENS)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_learning_lowers_the_error_of_the_last_block(name):
   start, learned = (block_losses(p, RECIPES[name]) for p in solved(name))
   assert learned[-1] < 0.95 * start[-1], (start, learned)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_packed_is_the_dense_weight_and_decodes_as_before(name):
   """One function for packed and dense: the numbers that a kernel stands for, in float."""

@@ -75,6 +75,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["delayed", "patch"])
 def test_remat_keeps_the_same_state(name):
   after = []
@@ -188,6 +189,7 @@ def test_learned_parameters_are_trained_and_others_are_not_touched():
   assert jax.tree.structure(before) == jax.tree.structure(state.quant)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["delayed", "patch"])
 def test_microbatches_give_the_state_of_the_batch(name):
   (whole, state, _), (parts, _, _) = started(name), started(name, accumulate=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import jax
@@ -26,7 +27,7 @@ def edges(context: Context, norms_only: bool = False) -> tuple[Edge, ...]:
   )
 
 
-class MaximaScales:
+class MaximaScales(abc.ABC):
   """A step that scales the channels of edges by a function of their largest magnitudes.
 
   Subclasses are dataclasses with `norms_only` and `statistic`, and define `scale`.
@@ -39,9 +40,9 @@ class MaximaScales:
     """The first reader of each edge; the others have the same input."""
     return tuple((e.readers[0].site,) for e in edges(context, self.norms_only))
 
+  @abc.abstractmethod
   def scale(self, a: jax.Array, edge: Edge, variables: dict) -> jax.Array:
     """What to divide the channels of an edge by: [..., N] from max|X_k| [..., N]."""
-    raise NotImplementedError
 
   def apply(self, variables: dict, context: Context, stats: dict[str, Tree]) -> dict:
     """Edge by edge."""

@@ -23,6 +23,7 @@ def files(folder):
   return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["nvfp4", "w4a16_gptq"])
 def test_the_same_command_writes_the_same_bytes(tiny, tmp_path, recipe):
   for name in ("a", "b"):

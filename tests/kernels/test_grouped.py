@@ -111,6 +111,7 @@ CUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", CUTS)
 def test_cuts(how):
   sizes, t, blocks = CUTS[how]

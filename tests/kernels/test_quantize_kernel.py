@@ -78,6 +78,7 @@ CLAIMED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   ("name", "axis"), [(name, -1 - i % 2) for i, name in enumerate(CLAIMED)]
 )  # a case takes 2 s to compile; the tests below have the chief formats on the other axis
@@ -133,6 +134,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize(
   ("fmt", "axis"),

@@ -195,6 +195,7 @@ def test_gradients_are_finite_for_large_activations_in_bf16():
 # Quantized.
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["w8a8_int8", "nvfp4"])
 def test_packed_weights_give_the_bits_of_fake_quantization(name):
   recipe = recipes.by_name(name)

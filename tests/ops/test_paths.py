@@ -88,6 +88,7 @@ def test_integer_sums_at_their_limit():
     np.testing.assert_array_equal(y, np.broadcast_to(want, (1, 8)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", formats.named())
 def test_few_rows(name):
   """By chunks of K: what a dense product gives, up to the order of float32 sums; tiles do not

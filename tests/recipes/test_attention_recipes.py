@@ -42,7 +42,7 @@ def test_statistics_add_up_over_batches():
   parts = attention_statistics(MODEL, VARIABLES, boa(INT3_G16), [TOKENS[:2], TOKENS[2:]])
   assert isinstance(whole["layers/attn/v"], TwoSided)
   assert whole["layers/attn/q"].outputs.shape == (2, 2, 16, 16)
-  assert whole["layers/mlp/down"].shape == (2, 48, 48)
+  assert whole["layers/mlp/down"].shape == (2, 32, 32)
   v = parts["layers/attn/v"]  # its second factor is of the weights: one more for each batch
   parts["layers/attn/v"] = v._replace(outputs=v.outputs / 2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), whole, parts)

@@ -41,6 +41,7 @@ def up(packed):
   return packed["params"]["layers"]["mlp"]["up"]["kernel"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("recipe", "node"), RECIPES.values(), ids=RECIPES)
 def test_quantizes_and_runs(recipe, node, tmp_path):
   packed = jq.quantize_params(MODEL, VARIABLES, recipe, [TOKENS], progress=False)

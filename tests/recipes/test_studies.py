@@ -26,6 +26,7 @@ def stored():
   return Stored(MODEL, jax.jit(MODEL.init)(jax.random.key(0), TOKENS), {})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   ("name", "bound"),  # on random weights; logits that have nothing in common are at 1.4
   [("w8a8_int", 0.5), ("w4a16_int", 0.5), ("layerwise", 0.8), ("int4_embeddings", 0.5)],

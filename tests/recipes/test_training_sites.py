@@ -89,6 +89,7 @@ def check(rule, got, want):
     np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RULES)
 def test_eager_is_compiled_and_finite(name):
   """Forward, backward, what is seen and what is learned; no gradient is lost."""
@@ -99,6 +100,7 @@ def test_eager_is_compiled_and_finite(name):
   assert all(np.abs(want[part]).max() > 0 for part in ("y", "dx", "dw"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RULES)
 def test_a_scan_over_layers_of_a_vmap_over_models_is_the_loop(name):
   rule = RULES[name]

@@ -94,6 +94,7 @@ def fake(name):
   return jax.jit(of)(packed(name))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_one_path(name):
   """A prompt and a token decoded after it: the same bits from float and from packed."""

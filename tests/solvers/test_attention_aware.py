@@ -32,6 +32,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("name", ["uint2_g64", "mxfp4"])

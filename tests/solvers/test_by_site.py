@@ -46,6 +46,7 @@ WAYS = {  # keywords of quantize_params, of the recipe; all at once is below
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", WAYS)
 def test_each_site_gets_its_solver(name):
   how, changes = WAYS[name]

@@ -63,6 +63,7 @@ def moved(theta):
   return jax.tree.unflatten(tree, new)
 
 
+@pytest.mark.sampled(2)
 @TABLE
 def test_finish_keeps_the_structure_of_the_start(row):
   """So that stacked layers can be replaced one by one, and packed decode sees nothing new."""

@@ -239,6 +239,7 @@ def test_channels_of_many_sizes_want_to_be_normalized():
   assert kernels.size_bits(normal) == kernels.size_bits(plain) + 32 * (K - 1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   "options", [{}, {"k_residual": 16, "outliers": 0.05, "tune": 5}], ids=["1", "2"]
 )
