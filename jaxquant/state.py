@@ -90,8 +90,9 @@ def _first(rule: Rule, seen: Seen) -> Tree:
     entries = {n: t.init() for n, t in rule.tracked.items() if n != "patch"}
     if rule.patch is not None:
       entries["patch"] = rule.patch.init(x.shape[-1])
-    if rule.learned is not None:
-      entries["learned"] = rule.learned.init(w, x)
+    theta = {} if rule.learned is None else rule.learned.init(w, x)
+    if theta:  # an empty dict would be gone after a step, and the step compiled once more
+      entries["learned"] = theta
     return entries | {"clock": jnp.zeros((), jnp.int32)}
 
   for _ in range(seen.call.x.ndim - 2):

@@ -9,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import training
-from jaxquant.recipes.training import binarydm, gaussws, qvgen
+from jaxquant.recipes.training import bibench, binarydm, gaussws, qvgen
 from jaxquant.state import between_steps, learned
 
 
@@ -86,3 +86,13 @@ def test_packing_wants_what_was_learned():
   variables = MODEL.init(jax.random.key(0), X)
   with pytest.raises(ValueError, match="nothing it has learned"):
     jq.quantize_params(MODEL, variables, recipe, example=X, progress=False)
+
+
+@pytest.mark.parametrize("recipe", [bibench("bnn"), binarydm()], ids=lambda r: r.name)
+def test_the_state_keeps_its_structure(recipe):
+  """Also where nothing is learned: another structure would compile the second step again."""
+  tx = optax.adam(1e-3)
+  start = jax.eval_shape(lambda: training.init_state(MODEL, tx, X, 0, recipe))
+  step = training.make_step(jq.quantized(MODEL, recipe), tx, 0, recipe=recipe, loss_of=squares)
+  after, _ = jax.eval_shape(step, start, X)
+  assert jax.tree.structure(after) == jax.tree.structure(start)
