@@ -122,6 +122,7 @@ def eager_formats():
   return [*kinds.values(), "nvint4", "nf4_dq"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", eager_formats())
 def test_eager_is_jit(name):
   x, fmt = normal()[0], FORMATS[name]
@@ -197,6 +198,7 @@ def test_extremes(name):
   assert out[1].any()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["nvfp4_2d", "mxint6", "uint3_g128", "nf4_dq"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (33, 17)])
 def test_small_and_odd_shapes(name, shape):

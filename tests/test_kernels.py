@@ -137,6 +137,7 @@ def stacked(make):
   return jax.tree.map(lambda *a: jnp.stack(a), *(make(i) for i in range(L)))
 
 
+@pytest.mark.sampled(2)
 @TABLE
 def test_matmul_is_the_product_with_the_dense_kernel(make):
   kernel, x = make(0), integers(9, M, K)
@@ -145,6 +146,7 @@ def test_matmul_is_the_product_with_the_dense_kernel(make):
   np.testing.assert_array_equal(jax.jit(matmul, static_argnums=2)(kernel, x, dot), want)
 
 
+@pytest.mark.sampled(2)
 @TABLE
 def test_leading_axes(make):
   """Stacked layers: to_dense takes them as they are; scan and vmap take them off."""

@@ -56,6 +56,7 @@ RULES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RULES)
 def test_eager_is_jit(name):
   fmt, rule = RULES[name]

@@ -38,7 +38,7 @@ from jaxquant.gates import Gate
 from jaxquant.models.stored import Stored, digest
 from jaxquant.recipe import Recipe
 
-QUICK = ("gptq", "awq", "awq_outliers", "smoothquant", "fp8_activations", "bitmod", "flexq_types")
+QUICK = ("gptq", "awq_outliers", "smoothquant", "fp8_activations", "bitmod", "flexq_types")
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string("model", "shipped", command.MODEL_HELP, flag_values=FLAGS)

@@ -72,6 +72,7 @@ def check(name, sizes, t, n=N, **options):
   np.testing.assert_array_equal(got[sum(sizes) :], 0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name):
   check(name, [3, 0, 17, 5, 0, 2], 32, generation="v5e" if name in ("nvfp4", "int8") else "v6e")
@@ -155,6 +156,7 @@ def close(got, want):
   assert np.abs(got - want).max() <= BF16 * np.abs(want).max()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("where", ["cpu", "tpu v6e"])
 @pytest.mark.parametrize("name", ["int4_g128", "nvfp4"])
 def test_site(name, where):

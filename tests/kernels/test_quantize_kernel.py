@@ -78,7 +78,7 @@ CLAIMED = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
   ("name", "axis"), [(name, -1 - i % 2) for i, name in enumerate(CLAIMED)]
 )  # a case takes 2 s to compile; the tests below have the chief formats on the other axis
@@ -114,6 +114,7 @@ def test_nvfp4_thresholds_are_where_the_product_rounds_up(axis, power):
   assert_equal_bits(kernel(x, F.NVFP4, axis, generation="v6e"), reference(x, F.NVFP4, axis))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   ("fmt", "rule"), [(F.MXFP8, "ocp_ceil"), (F.MXFP4, "ocp_ceil"), (F.NVFP4, "absmax")], ids=str
 )
@@ -146,6 +147,7 @@ def test_extremes(fmt, axis, case):
   assert_equal_bits(kernel(x, fmt, axis, generation="v6e"), reference(x, fmt, axis))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("fmt", "axis"), [(F.NVFP4, -1), (F.MXFP8, -2), (F.INT8, -1)], ids=str)
 def test_stochastic_rounding_uses_the_noise_of_the_reference(fmt, axis):
   x, key = tensor((48, 256), F32), jax.random.key(3)
@@ -248,6 +250,7 @@ def test_bits_of_another_name_are_refused():
     quantize(jnp.ones((8, 256)), F.INT8, key=jax.random.key(0), bits="threefry")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   ("n", "axis", "signs"), [(16, -1, RHT_SIGNS), (128, -1, None), (256, -2, None)]
 )

@@ -364,6 +364,7 @@ def _to_finalization(call):
   )
 
 
+@pytest.mark.sampled(2)
 @needs_libtpu
 @pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
 def test_equals_the_prototype_to_the_digit(generation, monkeypatch):

@@ -102,6 +102,7 @@ def test_too_many_tokens_are_refused(params):
     make().apply({"params": params}, jnp.zeros((1, 33), jnp.int32))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_weight_goes_through_an_interceptable_module(tokens, scan, dtype):
@@ -130,6 +131,7 @@ def test_every_weight_goes_through_an_interceptable_module(tokens, scan, dtype):
 # Loop, scan, remat.
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
   "style", [{"scan": False}, {"remat": True}, {"scan": False, "remat": True}]
 )

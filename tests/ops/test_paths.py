@@ -40,6 +40,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shape", [(16, 128, 24), (12, 70, 30)], ids=str)
 def test_layouts(name, shape):
