@@ -35,7 +35,7 @@ SYSTEMS: dict[str, System] = {
     "T9",
     "arXiv:2505.01043",
     "int8 in all six operands; PTQ and decode too",
-    "KL 2.2e-3 on the shipped model, step 0.49 of float32 (make demo, docs/results); loss .999 of "
+    "KL 2.2e-3 on the shipped model, step 0.62 of float32 (make demo, docs/results); loss .999 of "
     "float32, GLA .999 (docs/results/training.md)",
   ),
   "mxfp8": System(
@@ -43,7 +43,7 @@ SYSTEMS: dict[str, System] = {
     "T9",
     "arXiv:2506.08027",
     "E4M3 blocks of 32, ceil scales",
-    "step 0.54 of float32 (docs/results/train_step.md); loss .998 of float32, GLA 1.003 "
+    "step 0.62 of float32 (docs/results/train_step.md); loss .998 of float32, GLA 1.003 "
     "(docs/results/training.md)",
   ),
   "nvfp4": System(
@@ -51,7 +51,7 @@ SYSTEMS: dict[str, System] = {
     "T1",
     "arXiv:2509.25149",
     "NVFP4: 2D weights, RHT on wgrad, SR on gradients",
-    "KL 13.7e-3 as W4A4 on the shipped model, step 0.49 of float32 (make demo, docs/results); loss "
+    "KL 13.7e-3 as W4A4 on the shipped model, step 0.64 of float32 (make demo, docs/results); loss "
     "1.017 of float32, GLA 1.044 (docs/results/training.md)",
   ),
   "chon": System(
