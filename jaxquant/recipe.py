@@ -72,7 +72,8 @@ class Recipe:
   @property
   def calibrates(self) -> bool:
     """Whether its solver or one of its steps needs calibration batches."""
-    return self.statistic is not None or any(s.statistic is not None for s in self.prepare)
+    reads = lambda step: step.statistic is not None or getattr(step, "reads_batches", False)
+    return self.statistic is not None or any(map(reads, self.prepare))
 
   def match(self, path: str) -> int | None:
     """Index of the first rule that matches the whole path, or None."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ class SmoothKeys:
   alpha: float = 0.5
   level: float = 1.0
   statistic: Statistic | None = dataclasses.field(default=None, repr=False)
+  reads_batches: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
     """Raises ValueError for a level that is not positive."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ class LearnRotations:
   weights: bool = False
   seed: int = 0
   statistic: Statistic | None = dataclasses.field(default=None, repr=False)
+  reads_batches: ClassVar[bool] = True
 
   def sites(self, context: Context) -> tuple[tuple[str, ...], ...]:
     """None: it looks at the loss."""

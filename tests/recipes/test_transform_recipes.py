@@ -174,6 +174,8 @@ def test_steps_are_values():
   assert "first RotateStream(seed=3)" in text
   assert quarot(solve=rtn).calibrates is False
   assert smoothquant().calibrates is True
+  assert spinquant(solve=rtn).calibrates is True  # its step runs the model itself
+  assert fireq(keys=True).calibrates is True
 
 
 def test_dead_and_constant_channels_keep_their_scale():
