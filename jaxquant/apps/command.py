@@ -106,12 +106,14 @@ def recipe_of(stored: Stored) -> Recipe | None:
 
 
 def recipe_names(text: str) -> list[str]:
-  """`a,b,c` or `all` -> names.
+  """`a,b,c` or `all` -> names; all but those that only training can give their parameters.
 
   Raises:
     ValueError: for an unknown one.
   """
-  names = list(RECIPES) if text == "all" else [n.strip() for n in text.split(",") if n.strip()]
+  learns = lambda name: any(rule.learned is not None for _, rule in by_name(name).rules)
+  every = [name for name in RECIPES if text == "all" and not learns(name)]
+  names = every or [n.strip() for n in text.split(",") if n.strip()]
   for name in names:
     by_name(name)
   return names
