@@ -31,7 +31,7 @@ test: $(STAMP)  ## lint and tests; of long tables a fixed sample of the rows
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m pytest -n 2 --dist loadfile
 
-test-all: $(STAMP)  ## all tests, with every row of the long tables (an hour on 2 cores)
+test-all: $(STAMP)  ## all tests, with every row of the long tables (40 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist loadfile --all-rows
 
 lint: $(STAMP)  ## ruff, without changing anything

@@ -111,9 +111,10 @@ def recipe_names(text: str) -> list[str]:
   Raises:
     ValueError: for an unknown one.
   """
-  learns = lambda name: any(rule.learned is not None for _, rule in by_name(name).rules)
-  every = [name for name in RECIPES if text == "all" and not learns(name)]
-  names = every or [n.strip() for n in text.split(",") if n.strip()]
+  if text == "all":
+    learns = lambda name: any(rule.learned is not None for _, rule in by_name(name).rules)
+    return [name for name in RECIPES if not learns(name)]
+  names = [n.strip() for n in text.split(",") if n.strip()]
   for name in names:
     by_name(name)
   return names

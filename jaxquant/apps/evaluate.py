@@ -159,17 +159,17 @@ def save(
   out: pathlib.Path, rows: Sequence[Row], said: Mapping[str, str], elsewhere: str | None = None
 ) -> None:
   """Writes the table as Markdown with its plot, and a page with all plots."""
-  tables, plots_ = [table(rows), *details(rows)], pictures(rows)
+  tables, drawn = [table(rows), *details(rows)], pictures(rows)
   text = "\n\n".join(map(markdown, tables))
   made = "\n".join(f"- {name}: {value}" for name, value in said.items())
   for path in (out / "leaderboard.md", *([pathlib.Path(elsewhere)] if elsewhere else [])):
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = ""
-    if plots_:
-      path.with_suffix(".svg").write_text(plots.to_svg(plots_[0].figure))
-      shown = f"![KL against bits]({path.with_suffix('.svg').name})\n\n{plots_[0].caption}\n\n"
+    if drawn:
+      path.with_suffix(".svg").write_text(plots.to_svg(drawn[0].figure))
+      shown = f"![KL against bits]({path.with_suffix('.svg').name})\n\n{drawn[0].caption}\n\n"
     path.write_text(f"# Leaderboard\n\n{made}\n\n{shown}{text}\n")
-  sections = [Section("Recipes", [tables[0], *plots_, *tables[1:]])]
+  sections = [Section("Recipes", [tables[0], *drawn, *tables[1:]])]
   lead = f"{len(rows) - 1} recipes on the same held-out text, from packed weights."
   (out / "leaderboard.html").write_text(page("Leaderboard", lead, sections, dict(said)))
 

@@ -294,7 +294,7 @@ has smaller rows; the float run is the same, bit for bit."""
 
 def render(found: Mapping[str, Found], plan: Plan, line: str) -> str:
   """The whole document."""
-  about = f"Command: `{line}`. Commit {commit()}, {made_with()}."
+  about = f"Command: `{line}`. Written at {commit()}, {made_with()}."
   sizes = {"steps": plan.steps, "held_out": plan.held_out, "last": LAST}
   parts = ["# Low-precision training", about, EXPLAINED.format(batch=BATCH, seq=SEQ, **sizes)]
   for name, arm in ARMS.items():
