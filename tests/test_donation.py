@@ -56,7 +56,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_and_nothing_left(monkeypatch, name):
   model, recipe, budget = CASES[name]

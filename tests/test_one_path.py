@@ -107,7 +107,7 @@ def packed_denses(recipe):
   return {k: {"params": pack(v["params"])} for k, v in denses().items()}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", RULES)
 def test_every_format(name):
   """Every second one decodes in float32, the others a few rows in bfloat16; all see the prompt."""

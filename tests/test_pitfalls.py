@@ -105,8 +105,9 @@ class Distill(nn.Module):
     return student(x), teacher({"params": jax.lax.stop_gradient(student.variables["params"])}, x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
-  "inner", [jq.Recipe(), INT4, everywhere(CLIPS)], ids=["float", "int4", "mx"]
+  "inner", [INT4, jq.Recipe(), everywhere(CLIPS)], ids=["int4", "float", "mx"]
 )
 def test_recipes_nest(inner):
   """A model inside a quantized one runs as its own recipe says, in float too."""

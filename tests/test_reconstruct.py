@@ -150,7 +150,7 @@ def solved(name):
   return pack(start, TOKENS), pack(recipe, TOKENS)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_learning_lowers_the_error_of_the_last_block(name):
   start, learned = (block_losses(p, RECIPES[name]) for p in solved(name))

@@ -206,6 +206,7 @@ def test_experts_on_their_devices(check_vma):
 # --- compiled -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
 def test_compiles_and_reads_each_expert_once(generation):
   """Few rows of each format, many of some; HBM traffic at most 5 % above what must move."""

@@ -82,7 +82,7 @@ def run(fmt, m, k, n, generation="v6e", x="bf16", seed=0, **options):
   return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name, generation):
@@ -113,7 +113,7 @@ SHAPED = [(name, shape) for name in ("int4", "int4_g128", "nvfp4") for shape in 
 SHAPED += [(name, shape) for name in ("int3_g128", "e4m3_128x128") for shape in CUTS]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "shape"), SHAPED)
 def test_shapes(name, shape):
   m, k, n, blocks = SHAPES[shape]
@@ -252,6 +252,7 @@ def close(got, want):
   assert np.abs(got - want).max() < (ONCE + 2.0**-9) * np.abs(want).max()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RULES)
 def test_qdot(name, on_v6e):
   rule = RULES[name]
@@ -274,6 +275,7 @@ def test_qdot(name, on_v6e):
 SPECS = {"N": P(None, "a"), "K": P("a", None), "K and N": P("a", "b")}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
   ("name", "axes"), [(n, "K and N") for n in ("w4a16", "w8a8")] + [("nvfp4", a) for a in SPECS]
@@ -322,6 +324,7 @@ def test_what_is_not_claimed_runs_the_reference(on_v6e):
 # --- compiled -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_compiles(generation):
   """Every format for every generation, few rows and (but for v5p) many, in one process."""

@@ -317,7 +317,7 @@ GENERATIONS = ("v5e", "v6e", "tpu7x")
 ON_ALL = re.compile(r"quantize/(nvfp4|mxfp8|int8-token)/axis")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles(generation):
   """In one process: the chief cases, and each other registered case on one of the generations."""

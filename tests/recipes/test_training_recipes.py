@@ -97,7 +97,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_trains(name):
   """Every parameter moves, nothing is NaN, the loss of the batch falls; the bits are repeatable."""

@@ -89,7 +89,7 @@ def check(rule, got, want):
     np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RULES)
 def test_eager_is_compiled_and_finite(name):
   """Forward, backward, what is seen and what is learned; no gradient is lost."""

@@ -94,7 +94,7 @@ def fake(name):
   return jax.jit(of)(packed(name))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_one_path(name):
   """A prompt and a token decoded after it: the same bits from float and from packed."""
@@ -143,6 +143,7 @@ PROMISES = {  # better, worse, ratio, factor of the outlier channels
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PROMISES)
 def test_promise(name):
   better, worse, ratio, outliers = PROMISES[name]

@@ -94,7 +94,7 @@ def values(tree):
   return map_kernels(lambda k: jax.tree.map(one, k, is_leaf=is_qtensor), tree)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_values_and_containers_give_the_same_bits(name):
   recipe, stored = packed(name)
