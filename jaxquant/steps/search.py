@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.fold import fold_scale
 from jaxquant.graph import Edge, Norm, matrix
@@ -42,13 +43,19 @@ class SearchScales:
   The error is that of the outputs of all weights which read the channels, through H = X^T X. The
   published code compares the output of the whole attention or MLP instead. r = 0 is no scale.
 
+  A scale acts on whole rows of W, and its gain is a sum over columns which all see the same H, so
+  some of them decide for all: at most `columns` of each weight, evenly spread. (Shipped model, 3
+  bits: of 768 columns, 512 choose what all choose; 256 choose scales up to 3.5 % worse.)
+
   Attributes:
     steps: candidates per edge.
     smallest: of mean|X|^r before it is normalized, as in the published code.
+    columns: of each weight that are tried; None for all.
   """
 
   steps: int = 20
   smallest: float = 1e-4
+  columns: int | None = 512
   statistic: Statistic | None = dataclasses.field(
     default=Statistic(_mean_and_hessian, finish=_finished, add=_onto), repr=False
   )
@@ -94,20 +101,32 @@ class SearchScales:
       h: X^T X, [K, K].
       weights: float32 [K, N] each.
     """
+    tried = [_spread(w, self.columns, o.fmt.block_n) for w, o in zip(weights, operands)]
+    shares = [some.shape[1] / w.shape[1] for some, w in zip(tried, weights)]
 
     def attempt(i: jax.Array) -> tuple[jax.Array, jax.Array]:
       s = jnp.maximum(mean ** (i / self.steps), self.smallest)
       s = s / jnp.sqrt(s.max() * s.min())
       rows = s[:, None]
       error = 0.0
-      for w, operand in zip(weights, operands):
+      for w, operand, share in zip(tried, operands, shares):
         q = quantize_operand(w * rows, operand, -2)
         off = (dequantize(q) if isinstance(q, QTensor) else q) / rows - w
-        error += energy(h, jax.lax.optimization_barrier(off))  # not anew for each product
+        off = jax.lax.optimization_barrier(off)  # not anew for each product
+        error += energy(h, off) / share
       return error, s
 
     errors, scales = jax.lax.map(attempt, jnp.arange(self.steps))
     return scales[errors.argmin()]
+
+
+def _spread(w: jax.Array, most: int | None, tile: int | None) -> jax.Array:
+  """At most `most` columns of w [K, N], in whole tiles of the format, evenly spread."""
+  n, tile = w.shape[1], tile or w.shape[1]
+  if most is None or n <= most or tile > most:
+    return w
+  first = np.linspace(0, n // tile - 1, most // tile).round().astype(int) * tile
+  return w[:, (first[:, None] + np.arange(tile)).ravel()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
