@@ -27,6 +27,7 @@ import jax
 from jaxquant.formats import NVFP4
 from jaxquant.models.transformer import Transformer, TransformerShape
 from jaxquant.ops.qdot import FLOAT, weight_only
+from jaxquant.ops.tracked import Static
 from jaxquant.ptq import quantize_params, size_bytes
 from jaxquant.recipe import Recipe
 from jaxquant.recipes import by_name
@@ -35,6 +36,7 @@ from jaxquant.recipes.weight_only import w4a16_gptq, w4a16_rtn
 from jaxquant.solvers.clip_search import clip_search
 from jaxquant.solvers.gptq import gptq
 from jaxquant.statistics import block_hessian
+from jaxquant.transform_gates import w4a4
 
 SHAPE = TransformerShape(
   vocab=256, d_model=1024, n_layers=4, n_heads=16, n_kv_heads=16, head_dim=64, d_ff=2816
@@ -42,7 +44,8 @@ SHAPE = TransformerShape(
 BATCHES, LENGTH = 8, 256  # 2048 calibration tokens
 OWN = {  # cases that are no row of the table of recipes
   "rtn_nvfp4": lambda: w4a16_rtn(NVFP4),
-  "nvfp4_calibrated": lambda: Recipe(  # nearest, ranges by the error of the calibration outputs
+  "nvfp4_calibrated": lambda: w4a4(Static()),  # nearest, input scales from calibration
+  "nvfp4_clipped": lambda: Recipe(  # nearest, weight ranges by the error of the calibration outputs
     (("embed|head", FLOAT), (".*", weight_only(NVFP4))), clip_search, block_hessian(NVFP4.block)
   ),
   "gptq_nvfp4": lambda: w4a16_gptq(NVFP4),
@@ -51,14 +54,14 @@ OWN = {  # cases that are no row of the table of recipes
 GOALS = {  # seconds a layer
   "w4a16_gptq": 1.5,
   "nvfp4_calibrated": 0.5,
-  "gptq_nvfp4": 0.5,
   "awq": 3.0,
   "smoothquant_gptq": 2.0,
 }
 WEIGHTS = ("kept", "donated")
 RETURNED = 2**20  # bytes; larger arrays go back to the system when they are freed
 MEMORY_GOAL = 1.3  # times the float model
-DEFAULT = "rtn_nvfp4,w4a16_rtn,w4a16_gptq,awq,nvfp4_calibrated,gptq_nvfp4,smoothquant_gptq"
+DEFAULT = "rtn_nvfp4,w4a16_rtn,w4a16_gptq,awq,nvfp4_calibrated,nvfp4_clipped,gptq_nvfp4"
+DEFAULT += ",smoothquant_gptq"
 
 
 def recipe_of(name: str) -> Recipe:

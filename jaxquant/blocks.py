@@ -30,6 +30,7 @@ from jaxquant.sites import Site, sites
 from jaxquant.solvers.learned_rounding import Clipping, Learner
 from jaxquant.solvers.rtn import rtn
 from jaxquant.solving import canonical
+from jaxquant.state import without_state
 from jaxquant.steps.equivalent import CHANNELS, LearnScales
 
 
@@ -147,7 +148,8 @@ def quantize_blocks(
   start = recipe.replace(solve=solve.begin, prepare=())
   packed = quantize_params(model, variables, start, batches, progress=False)
   table = sites(model, variables, batches[0], recipe=recipe).quantized()
-  run = _Windows(blocks, recipe, table, None if solve.scales is None else graph_of(model))
+  running = without_state(recipe, static=False)  # blocks run without the collection "quant"
+  run = _Windows(blocks, running, table, None if solve.scales is None else graph_of(model))
   state = run.inputs(variables, packed, jnp.stack(batches))
   theta: dict[int, dict] = {}
   for window in tqdm(solve.windows(len(blocks.names)), recipe.name, disable=not progress):

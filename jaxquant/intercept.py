@@ -353,7 +353,7 @@ def explain_site(seen: Seen) -> str:
   if seen.call.lookup:
     return "lookup: columns are decoded one by one"
   x = jax.ShapeDtypeStruct(seen.call.x.shape[-2:], seen.call.x.dtype)
-  key, rule = jax.random.key(0), seen.rule.without_state()  # the path does not depend on it
+  key, rule = jax.random.key(0), seen.rule.without_state(static=False)  # the path is that
   encode = lambda a, operand, axis: jax.eval_shape(
     lambda a: quantize_operand(a, operand, axis, key), a
   )

@@ -24,6 +24,7 @@ from jaxquant.donation import consume_others
 from jaxquant.graph import Graph, check, graph_of, matrix
 from jaxquant.intercept import collect
 from jaxquant.model_blocks import Blocks, blocks_of, has_blocks
+from jaxquant.ranges import with_ranges
 from jaxquant.recipe import Recipe
 from jaxquant.sites import flat_params
 from jaxquant.statistics import Statistic, Tree
@@ -93,16 +94,17 @@ def prepare(
   Args:
     model: the Linen module.
     variables: float variables.
-    recipe: names the steps; without any, the variables come back as they are.
+    recipe: names the steps, and rules with static ranges of x (`jaxquant.ranges`), which are found
+      last; without any, the variables come back as they are.
     batches: calibration inputs, each passed as `model.apply(variables, batch)`.
     donate: the variables are consumed: what a step replaces is deleted.
 
   Returns:
-    Float variables of the same structure.
+    Float variables of the same structure; static ranges under "quant".
 
   Raises:
-    ValueError: a model without graph; a step that calibrates and no batch; inputs or results that
-      are not finite, naming the step and the site.
+    ValueError: steps and a model without graph; what calibrates and no batch; inputs or results
+      that are not finite, naming the step and the site.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -115,13 +117,18 @@ def prepare(
     >>> bool(jnp.allclose(model.apply(ready, tokens), model.apply(variables, tokens), atol=1e-5))
     True
   """
-  if not recipe.prepare:
-    return variables
-  graph = graph_of(model)
-  check(graph, variables)
-  context = Context(model, graph, recipe, tuple(batches or ()), donate)
-  for step in recipe.prepare:
-    before = jax.tree.leaves(variables) if donate else ()
+  batches = () if batches is None else tuple(batches)
+  if recipe.prepare:
+    graph = graph_of(model)
+    check(graph, variables)
+    variables = _stepped(variables, Context(model, graph, recipe, batches, donate))
+  return with_ranges(model, variables, recipe, batches)
+
+
+def _stepped(variables: dict, context: Context) -> dict:
+  """The variables after all steps."""
+  for step in context.recipe.prepare:
+    before = jax.tree.leaves(variables) if context.donate else ()
     variables = _applied(step, variables, context)
     consume_others(before, variables)
     _check_finite(step, variables)

@@ -71,9 +71,10 @@ class Recipe:
 
   @property
   def calibrates(self) -> bool:
-    """Whether its solver or one of its steps needs calibration batches."""
+    """Whether its solver, one of its steps or a static range needs calibration batches."""
     reads = lambda step: step.statistic is not None or getattr(step, "reads_batches", False)
-    return self.statistic is not None or any(map(reads, self.prepare))
+    static = any(rule.is_static for _, rule in self.rules)
+    return self.statistic is not None or static or any(map(reads, self.prepare))
 
   def match(self, path: str) -> int | None:
     """Index of the first rule that matches the whole path, or None."""

@@ -21,6 +21,7 @@ from jaxquant.model_blocks import Blocks, blocks_of
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site, Sites, flat_params
 from jaxquant.solving import factored, solve_site, stacked
+from jaxquant.state import without_state
 
 
 def solve_in_order(
@@ -59,7 +60,8 @@ def solve_in_order(
   early = {s.path for s in table.sites[:first]}
 
   in_float = recipe.inputs == "float"
-  run = _Run(walk_of(model, IN_FLOAT if in_float else recipe), recipe, statistics_bytes)
+  running = IN_FLOAT if in_float else without_state(recipe, static=False)  # blocks have no state
+  run = _Run(walk_of(model, running), recipe, statistics_bytes)
 
   def solve_outside(packed: dict, todo: list[Site]) -> dict:
     flat, spent = flat_params(packed), []

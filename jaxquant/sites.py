@@ -151,7 +151,7 @@ def sites(model: nn.Module, variables: object, *args: object, recipe: Recipe) ->
       return model.apply(variables, *args, rngs={"sr": jax.random.key(0)})
 
   stateless = tuple(
-    (pattern, dataclasses.replace(rule.without_state(), learned=None))
+    (pattern, dataclasses.replace(rule.without_state(static=False), learned=None))
     for pattern, rule in recipe.rules
   )
   jax.eval_shape(trace, variables, *args)

@@ -217,9 +217,14 @@ def _renewed(recipe: Recipe, due: tuple[str, ...], quant: Tree) -> Tree:
   return unflatten_dict(flat)
 
 
-def without_state(recipe: Recipe) -> Recipe:
-  """The recipe with current scales for delayed ones and no patch: for packed weights."""
-  rules = tuple((pattern, rule.without_state()) for pattern, rule in recipe.rules)
+def without_state(recipe: Recipe, *, static: bool = True) -> Recipe:
+  """The recipe with current scales for delayed ones and no patch: for packed weights.
+
+  Args:
+    recipe: any.
+    static: whether static ranges stay, which packed weights need; else x has current scales.
+  """
+  rules = tuple((pattern, rule.without_state(static=static)) for pattern, rule in recipe.rules)
   return recipe.replace(rules=rules)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jaxquant import formats as F
 from jaxquant.gates import Gate, nearest, outliers, pair
+from jaxquant.ops.qdot import FLOAT, Operand, Rule
+from jaxquant.ops.tracked import Static
 from jaxquant.recipe import Recipe
 from jaxquant.recipes.weight_act import (
   mr_gptq,
@@ -21,6 +23,12 @@ from jaxquant.solvers.rtn import rtn
 def unprepared(recipe: Recipe) -> Recipe:
   """The recipe without its steps."""
   return recipe.replace(prepare=())
+
+
+def w4a4(scales: Static | None) -> Recipe:
+  """NVFP4 weights and activations, whose tensor scale is dynamic or static."""
+  rule = Rule(x=Operand(F.NVFP4, scales), w=Operand(F.NVFP4))
+  return Recipe((("embed|head", FLOAT), (".*", rule)), name="nvfp4_w4a4")
 
 
 RANKS = {f"rank {r}": svdquant(rank=r) for r in (8, 16, 32)}
@@ -48,6 +56,18 @@ TRANSFORM_GATES: dict[str, Gate] = {
     {"smoothquant": smoothquant(F.INT6), "int6": pair(F.INT6, F.INT6)},
     lambda kl: kl["smoothquant"] <= 0.1 * kl["int6"],
     outliers(40),
+  ),
+  "static_ranges": Gate(
+    "a static scale above NVFP4's blocks costs at most 5 %, one per int8 tensor more",
+    {
+      "nvfp4 static": w4a4(Static()),
+      "nvfp4": w4a4(None),
+      "smoothquant O3": smoothquant(static=True),
+      "smoothquant O1": smoothquant(),
+    },
+    lambda kl: (
+      kl["nvfp4 static"] <= 1.05 * kl["nvfp4"] and kl["smoothquant O3"] > kl["smoothquant O1"]
+    ),
   ),
   "quarot": Gate(
     "QuaRot <= 0.4 SmoothQuant at W4A4, with outlier channels",

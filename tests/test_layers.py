@@ -26,7 +26,7 @@ LAYERS = {
   "calibration": 6, "calibration_checks": 6, "solving": 6, "model_blocks": 6, "sequential": 6,
   "statistics_cache": 6, "donation": 6,
   "reconstruct": 6, "blocks": 6,
-  "graph": 6, "fold": 6, "prepare": 6, "steps": 6,
+  "graph": 6, "fold": 6, "prepare": 6, "ranges": 6, "steps": 6,
   "static_json": 6, "manifest": 6, "checkpoint_files": 6, "checkpoint": 6, "sharding": 6,
   "recipes": 7, "diagnostics": 7,
   "models": 8, "data": 8, "training": 8, "decode": 8, "evaluation": 8, "metrics": 8,
@@ -40,7 +40,7 @@ LAYERS = {
 STRANGERS = [{"transforms", "solvers"}, {"ops", "cache"}]
 CORE = 6  # L0 to L6, but for the families that grow by a file for each member
 FAMILIES = {"quantizers", "solvers", "steps", "transforms"}
-CORE_LINES = 11600  # what takes the place of the planned 6000 is in BUILD_NOTES
+CORE_LINES = 11750  # what takes the place of the planned 6000 is in BUILD_NOTES
 FILE_LINES = {"default": 400, "pallas_kernels": 500}
 FUNCTION_LINES = 40
 RECIPE_LINES = 80

@@ -166,7 +166,8 @@ def qdot(
     raise ValueError(
       f"the rule ({rule}) keeps state of {', '.join(missing)} and none came in. With "
       "jaxquant.quantized, put jaxquant.init_quant(model, variables, recipe, inputs) under 'quant' "
-      "in the variables, and list 'quant' in the variable_axes of nn.scan."
+      "in the variables (for static ranges what jaxquant.prepare.prepare or quantize_params gives "
+      "with calibration batches), and list 'quant' in the variable_axes of nn.scan."
     )
   words = fold(key, 0) if rule.needs_key else None
   kept = {name: state[name] for name in tracked} if state else {}

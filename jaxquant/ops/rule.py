@@ -12,7 +12,7 @@ import enum
 
 from jaxquant.estimators import Estimator
 from jaxquant.formats import Format
-from jaxquant.ops.tracked import HotChannels, Learned, Tracked
+from jaxquant.ops.tracked import HotChannels, Learned, Static, Tracked
 from jaxquant.rounding import Rounding, nearest_even, stochastic
 from jaxquant.scales import ScaleRule
 
@@ -81,6 +81,10 @@ class Operand:
     return "+".join(parts) + "(fwd)" * (self.source is Source.FORWARD)
 
 
+def _inner(rule: Tracked) -> ScaleRule | None:
+  return rule.rule if isinstance(rule, Static) else None
+
+
 def _name(rule: object) -> str:
   return getattr(rule, "__name__", None) or str(rule)
 
@@ -145,6 +149,8 @@ class Rule:
         f"wgrad_x {self.wgrad_x}, wgrad_g {self.wgrad_g}"
       )
     for name, operand in self.operands.items():
+      if isinstance(operand.scales, Static) and name != "x":
+        raise ValueError(f"Rule: static ranges are those of x; {name} has none to calibrate")
       if operand.gradient and (name not in ("x", "w") or operand.fmt is None):
         raise ValueError(
           f"Rule: only quantized x and w have gradients to estimate, not {name} ({operand})"
@@ -166,10 +172,20 @@ class Rule:
     """Whether a site of this rule needs an entry in the collection "quant"."""
     return bool(self.tracked) or self.learned is not None
 
-  def without_state(self) -> Rule:
-    """The rule with current scales for delayed ones, and no patch."""
-    delayed = [name for name in self.tracked if name != "patch"]
-    current = {n: dataclasses.replace(self.operands[n], scales=None) for n in delayed}
+  @property
+  def is_static(self) -> bool:
+    """Whether the range of x comes from calibration data."""
+    return isinstance(self.x.scales, Static)
+
+  def without_state(self, *, static: bool = True) -> Rule:
+    """The rule with current scales for delayed ones, and no patch: for packed weights.
+
+    Args:
+      static: whether static ranges stay; packed weights need them too.
+    """
+    trackers = {n: t for n, t in self.tracked.items() if not (static and isinstance(t, Static))}
+    current = {n: self.operands[n] for n in trackers if n != "patch"}
+    current = {n: dataclasses.replace(o, scales=_inner(o.scales)) for n, o in current.items()}
     return dataclasses.replace(self, patch=None, **current)
 
   @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxquant.encoding import encode
 from jaxquant.formats import Format
-from jaxquant.scales import Scales
+from jaxquant.scales import ScaleRule, Scales, default_rule
 from jaxquant.tensor import LARGEST, QTensor, dequantize, reciprocal
 
 State = dict[str, jax.Array]
@@ -99,6 +99,67 @@ class Delayed(Tracked):
     a = seen if self.most_recent else history.max(-1)
     a = jnp.where(jnp.isfinite(a) & (a > 0), a, state["amax"])
     return {"amax": a, "history": history, "seen": jnp.zeros_like(seen)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Tracked):
+  """Static scaling of activations: the range A of calibration data, fixed ever after.
+
+      A = max |x| over the calibration tokens;  scales of the rule as if max |x| were A
+
+  `jaxquant.ranges` finds A. No reduction over x is left at run time, and what a token becomes does
+  not depend on the other tokens. What lies above the range saturates. Of a format with two
+  levels (NVFP4) the scale of the tensor is fixed, those of its blocks come from x as ever. O3 of
+  SmoothQuant (arXiv:2211.10438, table 2) and the input scales of NVFP4 checkpoints are this.
+
+  Attributes:
+    rule: how a scale comes from a range; None: the one that the format implies.
+  """
+
+  rule: ScaleRule | None = None
+
+  @property
+  def __name__(self) -> str:
+    return "static" if self.rule is None else f"static {self.rule.__name__}"
+
+  def init(self) -> State:
+    """NaN, and so is all that comes out: nothing is known before calibration."""
+    return {"amax": jnp.full((), jnp.nan), "seen": jnp.zeros(())}
+
+  def scales(self, state: State, blocks: jax.Array, fmt: Format) -> Scales:
+    """Of blocks [A, r, B, c], for the stored range; raises ValueError for a scale per token."""
+    level, top = fmt.scale, state["amax"]
+    whole = lambda f: isinstance(f, Format) and f.block is None and f.block_n is None
+    if fmt.zero_point or fmt.offset or not (whole(fmt) or whole(level)):
+      raise ValueError(
+        f"a static range is one magnitude per tensor, and {fmt} has no scale of that kind; take a "
+        "symmetric format with one scale per tensor (INT8_TENSOR, E4M3_TENSOR) or above those of "
+        "its blocks (NVFP4)"
+      )
+    rule = self.rule or default_rule(fmt)
+    if whole(fmt):
+      return rule(jnp.broadcast_to(top, (1, 1, 1, 1)), fmt)
+    # One more row of blocks, as large as the range says, sets the scale of the tensor.
+    inside = jnp.clip(blocks, -top, top)
+    row = jnp.broadcast_to(top, (1, *blocks.shape[1:]))
+    return jax.tree.map(
+      lambda a: a if a.shape[0] == 1 else a[:-1], rule(jnp.concatenate([inside, row]), fmt)
+    )
+
+  def observe(self, x: jax.Array) -> jax.Array:
+    """Nothing."""
+    del x
+    return jnp.zeros(())
+
+  def combine(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Nothing."""
+    del b
+    return a
+
+  def update(self, state: State, seen: jax.Array, clock: jax.Array) -> State:
+    """The same."""
+    del seen, clock
+    return state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxquant.prepare import Context
 from jaxquant.recipe import Recipe
 from jaxquant.sites import flat_params
 from jaxquant.solvers.cayley import cayley_step
+from jaxquant.state import without_state
 from jaxquant.statistics import Statistic, Tree
 from jaxquant.transforms import orthogonal, rht
 
@@ -91,7 +92,8 @@ def _loss(context: Context, weights: bool) -> Callable:
   recipe = context.recipe
   in_float = lambda rule: dataclasses.replace(rule, w=Operand(rotation=rule.w.rotation))
   rules = recipe.rules if weights else tuple((p, in_float(r)) for p, r in recipe.rules)
-  apply = quantized(context.model, Recipe(rules, name=f"{recipe.name} while learning"))
+  learning = Recipe(rules, name=f"{recipe.name} while learning")
+  apply = quantized(context.model, without_state(learning, static=False))  # ranges come last
 
   def loss(variables: dict, tokens: jax.Array) -> jax.Array:
     logits = apply(variables, tokens[:, :-1])

@@ -1,5 +1,7 @@
 """Rows of the systems that quantize weights and activations."""
 
+import functools
+
 from jaxquant.recipes.system import System
 from jaxquant.recipes.weight_act import (
   comet,
@@ -98,6 +100,13 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2211.10438",
     "int8 after outliers moved into the weights",
     gates=("smoothquant", "smoothquant_w6a6", "percentile"),
+  ),
+  "smoothquant_static": System(
+    functools.partial(smoothquant, static=True),
+    "W3",
+    "arXiv:2211.10438",
+    "the same with one static input scale per tensor (O3)",
+    gates=("static_ranges",),
   ),
   "quarot": System(
     quarot,
