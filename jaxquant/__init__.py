@@ -7,6 +7,7 @@ from jaxquant.formats import Format, bits_per_value
 from jaxquant.intercept import collect, intercepted, quantized
 from jaxquant.kernels import Codebook, LowRank, Pre, Sparse, Sum, map_kernels, matmul, to_dense
 from jaxquant.ops.qdot import FLOAT, Operand, Rotation, Rule, Source, qdot, weight_only
+from jaxquant.ops.tracked import Static
 from jaxquant.ptq import quantize_params, report, size_bytes
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Sites, sites
@@ -29,6 +30,7 @@ __all__ = [
   "Sites",
   "Source",
   "Sparse",
+  "Static",
   "Sum",
   "bits_per_value",
   "checkpoint",
