@@ -35,7 +35,7 @@ SYSTEMS: dict[str, System] = {
     "T9",
     "arXiv:2505.01043",
     "int8 in all six operands; PTQ and decode too",
-    "KL 2.2e-3 on the shipped model, step 0.62 of float32 (make demo, docs/results); loss .999 of "
+    "KL 2.2e-3 on the shipped model, step 0.62 of float32 (make demo, docs/results); loss 1.001 of "
     "float32, GLA .999 (docs/results/training.md)",
   ),
   "mxfp8": System(
@@ -43,7 +43,7 @@ SYSTEMS: dict[str, System] = {
     "T9",
     "arXiv:2506.08027",
     "E4M3 blocks of 32, ceil scales",
-    "step 0.62 of float32 (docs/results/train_step.md); loss .998 of float32, GLA 1.003 "
+    "step 0.62 of float32 (docs/results/train_step.md); loss 1.000 of float32, GLA 1.003 "
     "(docs/results/training.md)",
   ),
   "nvfp4": System(
@@ -52,7 +52,7 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2509.25149",
     "NVFP4: 2D weights, RHT on wgrad, SR on gradients",
     "KL 13.7e-3 as W4A4 on the shipped model, step 0.64 of float32 (make demo, docs/results); loss "
-    "1.017 of float32, GLA 1.044 (docs/results/training.md)",
+    "1.020 of float32, GLA 1.044 (docs/results/training.md)",
   ),
   "chon": System(
     chon,
@@ -60,7 +60,7 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2602.02047",
     "NVFP4 with a patch of the worst input channels; v of softmax attention in high precision",
     "K=512, 10 hot channels: GEMM error .129, k=32: .088, k=64: .061 (tests/ops/test_patch.py); "
-    "loss 1.013 of float32, 1.021 without the patch (docs/results/training.md)",
+    "loss 1.016 of float32, 1.020 without the patch (docs/results/training.md)",
   ),
   "chon_gla": System(
     functools.partial(chon, attention="gla"),
@@ -75,7 +75,7 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2505.14669",
     "MXFP4: QuEST scales under a Hadamard forward, unbiased SR under random ones backward",
     "gradients equal the published algorithm's (tests/recipes/test_training_recipes.py); loss "
-    "1.010 of float32, GLA 1.053 (docs/results/training.md)",
+    "1.013 of float32, GLA 1.053 (docs/results/training.md)",
   ),
   "quartet2": System(
     quartet2,
@@ -83,7 +83,7 @@ SYSTEMS: dict[str, System] = {
     "arXiv:2601.22813",
     "NVFP4: nearest forward, MS-EDEN for all backward operands",
     "MS-EDEN: squared error .0099 on a normal, SR .0236; slope bias < 2e-3 (tests/test_eden.py); "
-    "loss 1.025 of float32, GLA 1.032 (docs/results/training.md)",
+    "loss 1.021 of float32, GLA 1.032 (docs/results/training.md)",
   ),
   "fp8_delayed": System(
     fp8,
@@ -125,8 +125,8 @@ SYSTEMS: dict[str, System] = {
     "T8",
     "arXiv:2510.25602",
     "MXINT8 in all six operands, symmetric, scales rounded up; MXFP8 is row `mxfp8`",
-    "QSNR 41.6 dB on a normal (MXFP8 31.5), theory within .7 dB (tests/test_qsnr.py); loss .998 of "
-    "float32, GLA .994 (docs/results/training.md)",
+    "QSNR 41.6 dB on a normal (MXFP8 31.5), theory within .7 dB (tests/test_qsnr.py); loss 1.000 "
+    "of float32, GLA .994 (docs/results/training.md)",
   ),
   "mxint6": System(
     functools.partial(int_vs_fp, formats.MXINT6),
@@ -155,7 +155,7 @@ SYSTEMS: dict[str, System] = {
     "T8",
     "arXiv:2510.25602",
     "MXFP4 (E2M1), round to nearest everywhere",
-    "QSNR 18.8 dB on a normal (tests/test_formats.py); loss 1.027 of float32, GLA 1.055 "
+    "QSNR 18.8 dB on a normal (tests/test_formats.py); loss 1.029 of float32, GLA 1.055 "
     "(docs/results/training.md)",
   ),
   "nvint4": System(
