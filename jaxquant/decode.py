@@ -98,8 +98,9 @@ def make_decoder(
   """The decoder of a model; each call of this function is a jit cache of its own.
 
   Row b draws from `fold_in(key, b)`, so a row's tokens do not depend on its neighbours, as long as
-  the recipe quantizes activations per token or per block. A scale per tensor (the second level of
-  NVFP4) spans all rows of a batch and their padding.
+  the recipe quantizes activations per token or per block. A dynamic scale per tensor (the second
+  level of NVFP4) spans all rows of a batch and their padding; a static one (`jaxquant.Static`) is
+  that of calibration.
 
   Args:
     apply: `model.apply` or `jaxquant.quantized(model, recipe)`.

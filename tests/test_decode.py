@@ -11,6 +11,7 @@ import jaxquant as jq
 from jaxquant import recipes
 from jaxquant.decode import complete, make_decoder, pad_prompts, sample
 from jaxquant.models import Transformer, TransformerShape
+from jaxquant.transform_gates import w4a4
 
 SHAPE = TransformerShape(
   vocab=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_len=48
@@ -49,6 +50,15 @@ def test_ragged_prompts_are_each_as_alone(variables, recipe):
   together = complete(decoder, variables, PROMPTS, KEY)
   alone = [complete(decoder, variables, [p], KEY)[0] for p in PROMPTS[:2]]
   same(together[:2], alone)
+
+
+def test_static_scales_decode_each_prompt_as_alone(variables):
+  """The tensor scale of NVFP4 activations is the calibrated one, whoever shares the batch."""
+  tokens, _ = pad_prompts(PROMPTS)
+  packed = jq.quantize_params(MODEL, variables, w4a4(jq.Static()), [tokens], progress=False)
+  decoder = make_decoder(jq.quantized(MODEL, w4a4(jq.Static())), SHAPE, 8)
+  together = complete(decoder, packed, PROMPTS, KEY)
+  same(together[:2], [complete(decoder, packed, [p], KEY)[0] for p in PROMPTS[:2]])
 
 
 def test_a_row_draws_the_same_tokens_whoever_its_neighbours_are(variables):

@@ -179,11 +179,15 @@ def tested(bench: Bench, tests: Sequence[str]) -> dict | None:
   """Whether tests pass; they run in a process of their own."""
 
   def run():
-    argv = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    argv = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", *tests]
     with cost() as spent:
       done = subprocess.run(argv, capture_output=True, text=True, check=False)
     lines = (done.stdout.strip() or done.stderr.strip() or "pytest said nothing").splitlines()
-    return {"passed": done.returncode == 0, "said": lines[-1], "seconds": spent.seconds}
+    return {
+      "passed": done.returncode == 0,
+      "said": lines[-1].split(" in ")[0],
+      "seconds": spent.seconds,
+    }
 
   sources = [pathlib.Path(test.split("::")[0]).read_text() for test in tests]
   return bench.known(("tests", *tests, *sources), {}, 0, run)
