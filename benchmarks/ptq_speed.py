@@ -58,6 +58,7 @@ GOALS = {  # seconds a layer
   "smoothquant_gptq": 2.0,
 }
 WEIGHTS = ("kept", "donated")
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's
 RETURNED = 2**20  # bytes; larger arrays go back to the system when they are freed
 MEMORY_GOAL = 1.3  # times the float model
 DEFAULT = "rtn_nvfp4,w4a16_rtn,w4a16_gptq,awq,nvfp4_calibrated,nvfp4_clipped,gptq_nvfp4"
@@ -76,12 +77,26 @@ def resident(field: str) -> int:
 
 
 def forget_peak() -> int:
-  """Gives freed memory back to the system and starts a new peak; bytes resident now."""
+  """Starts a new peak, where memory is measured without malloc's heaps; bytes resident now."""
   gc.collect()
-  ctypes.CDLL(None).malloc_trim(0)
+  if THRESHOLD in os.environ:
+    ctypes.CDLL(None).malloc_trim(0)
   with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
   return resident("VmRSS")
+
+
+def matmul_rate() -> float:
+  """GFLOP/s of a float32 product of 2048 x 2048, the best of five: what the machine gives today."""
+  a = jax.random.normal(jax.random.key(0), (2048, 2048))
+  product = jax.jit(lambda a: a @ a)
+  jax.block_until_ready(product(a))
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    jax.block_until_ready(product(a))
+    seconds.append(time.perf_counter() - start)
+  return 2 * 2048**3 / min(seconds) / 1e9
 
 
 def measure(name: str, rounds: int, donate: bool) -> dict:
@@ -114,6 +129,7 @@ def measure(name: str, rounds: int, donate: bool) -> dict:
     "memory": max(memory[1:]),
     "first_memory": memory[0],
     "packed": share,
+    "matmul": matmul_rate(),
     "load": os.getloadavg()[0],
   }
 
@@ -135,7 +151,7 @@ def row(name: str, weights: str, found: dict, returned: dict) -> list[str]:
   memory = f"{returned['memory']:.2f} ({word[returned['memory'] <= MEMORY_GOAL]})"
   peaks = [memory, f"{found['memory']:.2f}", f"{found['packed']:.2f}"]
   times = [f"{wall:.2f}", goal, f"{cpu:.2f}", f"{found['first']:.1f}"]
-  return [name, weights, *times, *peaks, f"{found['load']:.1f}"]
+  return [name, weights, *times, f"{found['matmul']:.0f}", *peaks, f"{found['load']:.1f}"]
 
 
 def main() -> None:
@@ -150,7 +166,7 @@ def main() -> None:
     print(json.dumps(measure(args.one, args.rounds, args.weights == "donated")))
     return
   # Else glibc keeps freed arrays of up to 32 MB, in a heap for each thread.
-  returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(RETURNED)}
+  returning = os.environ | {THRESHOLD: str(RETURNED)}
   rows = []
   weights = WEIGHTS if args.weights == "both" else (args.weights,)
   for name, how in itertools.product(args.recipes.split(","), weights):
@@ -158,7 +174,7 @@ def main() -> None:
     rows.append(row(name, how, found, measured(name, 1, how, returning)))
     print(" | ".join(rows[-1]), file=sys.stderr)
   header = ["recipe", "float weights", "s a layer", "goal", "CPU s a layer / cores", "first run s"]
-  header += ["peak memory", "peak with malloc's heaps", "packed", "load"]
+  header += ["matmul GFLOP/s", "peak memory", "peak with malloc's heaps", "packed", "load"]
   table = common.markdown(header, rows)
   print(table)
   if args.write:
@@ -172,8 +188,10 @@ def main() -> None:
       "away (`donate=True`). Memory is in units of the float model: 1 + what the process has "
       "resident at its peak above what it had just before, the packed model included; goal <= "
       f"{MEMORY_GOAL}. Peak memory is that of a further process in which freed arrays above "
-      f"{RETURNED >> 20} MB go back to the system at once (MALLOC_MMAP_THRESHOLD_={RETURNED}), "
-      "which takes GPTQ 30 % more time; without, glibc keeps them in heaps. Load is that of the "
+      f"{RETURNED >> 20} MB go back to the system at once ({THRESHOLD}={RETURNED}), "
+      "which takes GPTQ 30 % more time; without, glibc keeps them in heaps. The rate of a product "
+      "of 2048 x 2048 right after the timed runs says how fast the machine was then: shared hosts "
+      "change. Load is that of the "
       "machine at the end of the timed runs, this one included."
       "\n\n"
       f"{table}"

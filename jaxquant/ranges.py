@@ -6,8 +6,9 @@ every path reads them in the collection "quant": fake quantization, packed weigh
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxquant.calibration import gather
 from jaxquant.calibration_checks import CalibrationWarning
-from jaxquant.intercept import rotated
+from jaxquant.intercept import collect_each, rotated
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site, sites
 from jaxquant.state import STATE, merge
-from jaxquant.statistics import AMAX
+from jaxquant.statistics import AMAX, Statistic
 
 
 def with_ranges(model: nn.Module, variables: dict, recipe: Recipe, batches: Sequence) -> dict:
@@ -53,16 +53,40 @@ def with_ranges(model: nn.Module, variables: dict, recipe: Recipe, batches: Sequ
     return variables
   if not batches:
     raise ValueError(f"{recipe.name}: static ranges come from calibration data: pass batches")
-  table = sites(model, variables, batches[0], recipe=recipe)
-  static = {s.path: s for s in table if s.rule.is_static and set(s.kinds) != {"lookup"}}
-  wanted = {path: (rotated(AMAX, s.rule.x.rotation),) for path, s in static.items()}
-  flat = {}
-  for path, (seen,) in gather(model, variables, batches, wanted).items():
-    a = _checked(static[path], seen.max(-1))
+  run, flat = _collector(model, recipe), {}
+  found = functools.reduce(_larger, (run(variables, batch) for batch in batches))
+  usable = lambda a: bool(((a > 0) & jnp.isfinite(a)).all())
+  if not all(map(usable, found.values())):  # only then, because a table takes time to trace
+    table = sites(model, variables, batches[0], recipe=recipe)
+    found = {path: _checked(table[path], a) for path, a in found.items()}
+  for path, a in found.items():
     entry = {"x": {"amax": a, "seen": jnp.zeros_like(a)}, "clock": jnp.zeros(a.shape, jnp.int32)}
     at = (*(path.split("/") if path else ()), STATE)
     flat |= {(*at, *keys): leaf for keys, leaf in flatten_dict(entry).items()}
   return {**variables, "quant": merge(variables.get("quant", {}), unflatten_dict(flat))}
+
+
+@jax.jit
+def _larger(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {path: jnp.maximum(a[path], b[path]) for path in a}
+
+
+def _collector(model: nn.Module, recipe: Recipe) -> Callable:
+  """(variables, batch) -> {path: A}, compiled once unless a field of the model has no hash."""
+  try:
+    return _cached_collector(model, recipe)
+  except TypeError:
+    return _cached_collector.__wrapped__(model, recipe)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_collector(model: nn.Module, recipe: Recipe) -> Callable:
+  def chosen(path: str) -> Statistic | None:
+    rule = recipe.rule(path)
+    return rotated(AMAX, rule.x.rotation) if rule.is_static else None
+
+  run = collect_each(model, Recipe(), chosen)
+  return jax.jit(lambda *args: {path: a.max(-1) for path, a in run(*args).items()})
 
 
 def _checked(site: Site, a: jax.Array) -> jax.Array:

@@ -182,7 +182,9 @@ def test_what_is_wrong_is_said():
   with pytest.raises(ValueError, match="calibrates: pass batches"):
     jq.quantize_params(model, params, small(), example=x, progress=False)
   with pytest.raises(ValueError, match="a: its inputs are not finite"):
-    prepare(model, params, small(), [x.at[0, 0].set(jnp.nan)])
+    prepare(model, params, small(), [x, x.at[0, 0].set(jnp.nan), x])
+  with pytest.raises(ValueError, match="a: its inputs are not finite"):
+    prepare(model, params, small(), [x, x.at[0, 0].set(jnp.inf)])
   with pytest.raises(ValueError, match="a: all its inputs are zero"):
     prepare(model, params, small(), [0 * x])
   with pytest.raises(ValueError, match="quantize_params gives with calibration"):
