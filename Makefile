@@ -29,10 +29,10 @@ demo: $(STAMP)  ## train, quantize and decode the shipped model (10 minutes on 2
 test: $(STAMP)  ## lint and tests; of long tables a fixed sample of the rows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)  ## all tests, with every row of the long tables (40 minutes on 2 cores)
-	$(PY) -m pytest -n 2 --dist loadfile --all-rows
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --all-rows
 
 lint: $(STAMP)  ## ruff, without changing anything
 	$(VENV)/bin/ruff check .
