@@ -143,13 +143,13 @@ def measured(name: str, rounds: int, weights: str, env: dict[str, str]) -> dict:
 
 
 def row(name: str, weights: str, found: dict, returned: dict) -> list[str]:
-  """One line: times and peak as users have them, and the peak of what is needed."""
+  """One line: times as users have them, and the peak of what is needed."""
   layers = SHAPE.n_layers
   wall, cpu = found["wall"] / layers, found["cpu"] / layers / os.cpu_count()
   word = {True: "met", False: "missed"}
   goal = f"<= {GOALS[name]} s: {word[wall <= GOALS[name]]}" if name in GOALS else ""
   memory = f"{returned['memory']:.2f} ({word[returned['memory'] <= MEMORY_GOAL]})"
-  peaks = [memory, f"{found['memory']:.2f}", f"{found['packed']:.2f}"]
+  peaks = [memory, f"{found['packed']:.2f}"]
   times = [f"{wall:.2f}", goal, f"{cpu:.2f}", f"{found['first']:.1f}"]
   return [name, weights, *times, f"{found['matmul']:.0f}", *peaks, f"{found['load']:.1f}"]
 
@@ -174,7 +174,7 @@ def main() -> None:
     rows.append(row(name, how, found, measured(name, 1, how, returning)))
     print(" | ".join(rows[-1]), file=sys.stderr)
   header = ["recipe", "float weights", "s a layer", "goal", "CPU s a layer / cores", "first run s"]
-  header += ["matmul GFLOP/s", "peak memory", "peak with malloc's heaps", "packed", "load"]
+  header += ["matmul GFLOP/s", "peak memory", "packed", "load"]
   table = common.markdown(header, rows)
   print(table)
   if args.write:

@@ -74,6 +74,7 @@ def test_on_its_own_data_a_static_range_is_the_dynamic_one(name):
   jax.tree.map(np.testing.assert_array_equal, encoded(name, X, np.abs(X).max()), dynamic)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_rows_do_not_see_each_other_and_what_is_above_saturates(name):
   a = float(np.abs(X).max()) / 2
@@ -90,6 +91,7 @@ def test_rows_do_not_see_each_other_and_what_is_above_saturates(name):
   np.testing.assert_array_equal(jq.dequantize(both)[0], value(whole))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
 def test_fake_and_packed_are_the_same_bits_with_the_largest_input_of_all_batches(name, scan):
